@@ -1,0 +1,29 @@
+"""What gdagrow says when it cannot go on.
+
+Every error that a user can cause is a `GdagrowError`: one sentence that says what is wrong, where, what was
+expected, what was found, and what to do next. Commands print it without a traceback and exit with code 2.
+"""
+
+
+class GdagrowError(ValueError):
+    """A mistake in what the user asked for or gave, told in one sentence."""
+
+
+class RecipeError(GdagrowError):
+    """The growth asked for is not a growth: a bad factor, an unknown key, nothing to do."""
+
+
+class CheckpointError(GdagrowError):
+    """A checkpoint directory cannot be read as one."""
+
+
+class PlanError(GdagrowError):
+    """The growth cannot be done on this checkpoint: heads that do not divide, tensors that do not fit."""
+
+
+class OutputError(GdagrowError):
+    """The output cannot be written: the target exists, the disk is full."""
+
+
+class CompareError(GdagrowError):
+    """Two checkpoints cannot be compared."""

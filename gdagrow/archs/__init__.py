@@ -1,0 +1,93 @@
+"""Architectures: each is a table of parameters over named axes, its axis sizes from a config, and its grown config."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gdagrow.axes import Notation, parse
+from gdagrow.errors import CheckpointError
+from gdagrow.heads import Heads
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of an architecture's table.
+
+    name: The tensor's name; `{layer}` stands for the layer's index.
+    notation: Its dimensions in arrow notation (see `gdagrow.axes`).
+    part: What it belongs to: `embedding`, `attention`, `mlp`, `norm` or `head`.
+    optional: Whether checkpoints without it exist (biases); those that have it have it in every layer.
+    """
+
+    name: str
+    notation: str
+    part: str
+    optional: bool = False
+
+    @property
+    def parsed(self) -> Notation:
+        return parse(self.notation)
+
+    @property
+    def is_layered(self) -> bool:
+        return "{layer}" in self.name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a config gives: the heads and every axis."""
+
+    heads: Heads
+    head_dim: int
+    hidden: int
+    ffn: int
+    vocab: int
+    num_layers: int
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        """Axis name to size; `signal` is the number of signal heads in one group."""
+        return {
+            "group": self.heads.num_groups, "signal": self.heads.ratio, "kv": self.heads.num_kv_groups,
+            "head_dim": self.head_dim, "hidden": self.hidden, "ffn": self.ffn, "vocab": self.vocab,
+        }  # fmt: skip
+
+
+class Architecture(Protocol):
+    """What gdagrow knows of a family of models."""
+
+    name: str
+    embedding: str  # the parameter that a tied head shares
+    head: str  # the parameter that an untied head adds
+    last_norm: str  # the norm before the head, which carries the split of a tied head's input
+
+    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+        """Read a config. Raises CheckpointError naming every key that is missing or makes no sense."""
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the head reads the embedding's own tensor."""
+
+    def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
+        """Every parameter of a checkpoint with this config."""
+
+    def grown_config(self, config: Mapping[str, Any], grown: Sizes, *, tied: bool) -> dict[str, Any]:
+        """The config with only the grown keys changed."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Find the architecture whose table covers a config's `model_type`.
+
+    Raises:
+        CheckpointError: no table covers it; names those that exist.
+    """
+    from gdagrow.archs.motif import Motif
+
+    tables: dict[str, Architecture] = {"motif": Motif()}
+    model_type = config.get("model_type")
+    found = tables.get(model_type.lower()) if isinstance(model_type, str) else None
+    if found is None:
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} has no table; gdagrow knows {', '.join(tables)} "
+            "(docs/limits.md says what a table needs)"
+        )
+    return found

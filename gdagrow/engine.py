@@ -1,0 +1,103 @@
+"""The one engine: grows any tensor, or its optimizer moments, from its notation and the axes' index maps.
+
+A weight is gathered along every dimension, and split among the copies of every index that the layer *reads*; a
+moment is gathered likewise and divided among the copies of every index that the layer *writes* (growth-math 2).
+"""
+
+import torch
+from torch import Tensor
+
+from gdagrow.axes import IndexMap, Segment
+from gdagrow.growth import SourceRows, TensorGrowth, row_steps
+from gdagrow.split import BLOCK_WEIGHTS, Noise, num_draws, split
+
+
+def block_rows(growth: TensorGrowth) -> int:
+    """Source rows to a block, the unit in which random words are drawn."""
+    return max(1, BLOCK_WEIGHTS // growth.columns.old_size)
+
+
+def grow_rows(
+    growth: TensorGrowth, source: Tensor, grown: Tensor, *, first_row: int, name: str, noise: Noise | None
+) -> None:
+    """Grow consecutive source rows along the columns.
+
+    Args:
+        growth: The tensor's maps; of two dimensions only the last may be read with copies.
+        source: `[rows, old columns]`, the source rows from `first_row`.
+        grown: `[rows, new columns]` of the same dtype, written here.
+        first_row: Where those rows stand in the source tensor; with `noise` it decides the random words.
+        name: The grown tensor's name, which decides the random words.
+        noise: Zero-sum noise for split weights, or None for equal parts.
+    """
+    columns = growth.columns
+    draws = max(num_draws(s.copies) for s in columns.segments)
+    if not growth.reads[-1]:
+        for s in columns.segments:
+            grown[:, s.new : s.new + s.length] = source[:, s.old : s.old + s.length]
+        return
+    size = block_rows(growth)
+    start = first_row
+    while start < first_row + source.shape[0]:
+        block = start // size
+        stop = min((block + 1) * size, first_row + source.shape[0])
+        words = None
+        if noise is not None and draws:
+            words = torch.empty((draws, size, columns.old_size), dtype=torch.int32)
+            words.random_(generator=noise.generator(name, block))
+            words = words[:, start - block * size : stop - block * size]
+        at = slice(start - first_row, stop - first_row)
+        _split_columns(columns, source[at], grown[at], words, noise.amplitude if noise else 0.0)
+        start = stop
+
+
+def _split_columns(columns: IndexMap, source: Tensor, grown: Tensor, words: Tensor | None, amplitude: float) -> None:
+    copies: dict[int, list[Segment]] = {}
+    for segment in columns.segments:
+        copies.setdefault(segment.old, []).append(segment)
+    for old, segments in copies.items():
+        at = slice(old, old + segments[0].length)
+        parts = [grown[:, s.new : s.new + s.length] for s in segments]
+        if len(parts) == 1:
+            parts[0].copy_(source[:, at])
+        else:
+            used = () if words is None else words[: num_draws(len(parts)), :, at].unbind()
+            split(source[:, at], parts, words=used, amplitude=amplitude)
+
+
+def grow_tensor(growth: TensorGrowth, source: Tensor, name: str = "", noise: Noise | None = None) -> Tensor:
+    """Grow a whole tensor in memory: what streaming does row by row, for small tensors and for tests.
+
+    Returns:
+        A tensor of `growth.shape` in the dtype of `source`.
+    """
+    matrix = source.reshape(growth.rows.old_size, growth.columns.old_size)
+    rows: list[Tensor] = []
+    for step in row_steps(growth.rows):
+        if isinstance(step, SourceRows):
+            grown = source.new_empty((step.stop - step.start, growth.columns.size))
+            grow_rows(growth, matrix[step.start : step.stop], grown, first_row=step.start, name=name, noise=noise)
+            rows.append(grown)
+        else:
+            rows.append(torch.cat(rows)[step.start : step.stop])
+    return torch.cat(rows).reshape(growth.shape)
+
+
+def grow_moment(growth: TensorGrowth, source: Tensor, power: int) -> Tensor:
+    """Grow an optimizer moment by the mirror rule: divide by `copies ** power` along every written dimension.
+
+    Args:
+        growth: The maps of the parameter that the moment belongs to.
+        source: The moment, of the parameter's source shape.
+        power: 1 for `exp_avg` or a momentum buffer, 2 for `exp_avg_sq`.
+
+    Source: growth-math 2; the gradient of a grown parameter is this with power 1.
+    """
+    grown = source
+    for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads)):
+        grown = grown.index_select(dim, torch.tensor(list(index_map)))
+        if not reads:
+            copies = torch.cat([torch.full((s.length,), float(s.copies)) for s in index_map.segments])
+            shape = [-1 if d == dim else 1 for d in range(source.dim())]
+            grown = grown / copies.to(grown.dtype).reshape(shape) ** power
+    return grown

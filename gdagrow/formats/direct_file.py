@@ -1,0 +1,53 @@
+"""A new file written front to back, past the page cache where the file system lets it.
+
+Measured on ext4, blocks of 8 MiB written directly reach the disk twice as fast as through the page cache and cost a
+third of the processor time, which growing and hashing need (docs/benchmarks.md).
+"""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+# Direct writes begin and end at multiples of the disk's block, in the file and in memory.
+ALIGNMENT: Final = 4096
+
+
+class DirectFile:
+    """A file that must not exist before; every method raises OSError as the system does."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._direct = False
+        try:
+            self._set_direct(True)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                os.close(self._file)
+                raise
+
+    def write(self, block: memoryview) -> None:
+        """Append bytes that lie at a multiple of `ALIGNMENT` in memory."""
+        while block:
+            if self._direct and len(block) % ALIGNMENT:
+                self._set_direct(False)
+            try:
+                block = block[os.write(self._file, block) :]
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                # Some file systems take the flag and then refuse the write.
+                self._set_direct(False)
+
+    def sync(self) -> None:
+        """Return when the disk holds all that was written."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _set_direct(self, direct: bool) -> None:
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~os.O_DIRECT
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))
+        self._direct = direct

@@ -1,0 +1,138 @@
+"""How the heads of grouped differential attention grow: query groups, signal heads inside them, KV groups."""
+
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+
+from gdagrow.axes import AxisMaps, IndexMap
+from gdagrow.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A target ratio of `signal` signal heads to one noise head, in every group."""
+
+    signal: int
+
+    def __str__(self) -> str:
+        return f"{self.signal}:1"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """`num_groups` query groups of `ratio` signal heads and one noise head, served by `num_kv_groups` KV groups."""
+
+    num_groups: int
+    ratio: int
+    num_kv_groups: int
+
+    @property
+    def num_signal_heads(self) -> int:
+        return self.num_groups * self.ratio
+
+    @property
+    def num_query_heads(self) -> int:
+        return self.num_groups * (self.ratio + 1)
+
+    @property
+    def groups_per_kv(self) -> int:
+        return self.num_groups // self.num_kv_groups
+
+
+@dataclass(frozen=True)
+class HeadGrowth:
+    """The grown heads and their index maps (new -> old): groups, signal heads in each new group, KV groups."""
+
+    before: Heads
+    after: Heads
+    group: IndexMap
+    signal: tuple[IndexMap, ...]
+    kv: IndexMap
+
+    def lineage(self) -> list[list[list[int]]]:
+        """For each new group, the old `[group, signal head]` of each of its signal heads."""
+        return [[[group, head] for head in heads] for group, heads in zip(self.group, self.signal)]
+
+    @property
+    def unequal(self) -> frozenset[str]:
+        """The axes among `group` (its noise head) and `kv` whose copies serve unequal shares of the old consumers."""
+        copies = Counter((group, head) for group, heads in zip(self.group, self.signal) for head in heads)
+        by_group: list[dict[tuple[int, int], Fraction]] = []
+        by_kv: list[dict[tuple[int, int], Fraction]] = [{} for _ in range(self.after.num_kv_groups)]
+        for new, (group, heads) in enumerate(zip(self.group, self.signal)):
+            share = {(group, j): Fraction(n, copies[group, j]) for j, n in Counter(heads).items()}
+            by_group.append(share)
+            served = by_kv[new // self.after.groups_per_kv]
+            for head, part in share.items():
+                served[head] = served.get(head, Fraction(0)) + part
+        unequal = set()
+        if not _all_equal(by_group, self.before.ratio, self.after.num_groups // self.before.num_groups):
+            unequal.add("group")
+        heads_per_kv = self.before.ratio * self.before.groups_per_kv
+        if not _all_equal(by_kv, heads_per_kv, self.after.num_kv_groups // self.before.num_kv_groups):
+            unequal.add("kv")
+        return frozenset(unequal)
+
+
+def _all_equal(shares: list[dict[tuple[int, int], Fraction]], num_consumers: int, copies: int) -> bool:
+    return all(len(s) == num_consumers and all(part == Fraction(1, copies) for part in s.values()) for s in shares)
+
+
+def grow_heads(heads: Heads, *, signal: int | Ratio, noise: int, kv: int) -> HeadGrowth:
+    """Clone signal heads `signal` times, or up to a target ratio, noise heads `noise` times and KV groups `kv` times.
+
+    New query groups are laid out as whole copies of the old block of their KV group, so that each KV copy serves one
+    complete copy of its consumers wherever the factors allow it; copies of a signal head stay before their noise head.
+
+    Raises:
+        PlanError: the new heads do not divide into groups, or the groups into KV groups, or the ratio would shrink.
+    """
+    ratio = _grown_ratio(heads, signal, noise)
+    after = Heads(heads.num_groups * noise, ratio, heads.num_kv_groups * kv)
+    if after.num_groups % after.num_kv_groups:
+        fitting = [k for k in range(1, after.num_groups // heads.num_kv_groups + 1)
+                   if after.num_groups % (k * heads.num_kv_groups) == 0]  # fmt: skip
+        raise PlanError(
+            f"kv x{kv}: {after.num_kv_groups} KV groups do not divide {after.num_groups} query groups "
+            f"(one noise head each); with noise x{noise}, choose kv from {', '.join(map(str, fitting))}"
+        )
+    if isinstance(signal, Ratio):
+        pattern = [[i % heads.ratio for i in range(ratio)]] * noise
+    else:
+        slots = list(range(heads.ratio)) * signal
+        pattern = [slots[copy * ratio : (copy + 1) * ratio] for copy in range(noise)]
+    served = heads.groups_per_kv
+    order: list[tuple[int, int]] = []  # (old group, copy of it), in new order
+    for tile in range(kv):
+        for c in range(heads.num_kv_groups):
+            copies = [(c * served + i, copy) for copy in range(noise) for i in range(served)]
+            order += copies[tile * after.groups_per_kv : (tile + 1) * after.groups_per_kv]
+    return HeadGrowth(
+        before=heads,
+        after=after,
+        group=IndexMap.of([group for group, _ in order], heads.num_groups),
+        signal=tuple(IndexMap.of(pattern[copy], heads.ratio) for _, copy in order),
+        kv=IndexMap.tile(heads.num_kv_groups, kv),
+    )
+
+
+def _grown_ratio(heads: Heads, signal: int | Ratio, noise: int) -> int:
+    if isinstance(signal, Ratio):
+        if signal.signal < heads.ratio:
+            raise PlanError(
+                f"signal {signal}: the ratio would shrink from {heads.ratio}:1; growth never drops a head, "
+                f"choose {heads.ratio}:1 or more"
+            )
+        return signal.signal
+    if heads.ratio * signal % noise:
+        raise PlanError(
+            f"signal x{signal} with noise x{noise}: {heads.num_signal_heads * signal} signal heads do not divide into "
+            f"{heads.num_groups * noise} groups; make {heads.ratio} x signal a multiple of noise"
+        )
+    return heads.ratio * signal // noise
+
+
+def axis_maps(heads: HeadGrowth, head_dim: int, plain: dict[str, IndexMap]) -> AxisMaps:
+    """The maps of the head axes joined with those of the plain axes (`hidden`, `ffn`, `vocab`)."""
+    head_axes = {"group": heads.group, "signal": heads.signal, "kv": heads.kv, "head_dim": IndexMap.identity(head_dim)}
+    return AxisMaps({**plain, **head_axes}, heads.unequal)

@@ -1,0 +1,229 @@
+"""From a recipe, an architecture and a source's header to an immutable plan. Every refusal is here, before any work."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from gdagrow.archs import Architecture, Parameter, Sizes, architecture_of
+from gdagrow.axes import AxisMaps, IndexMap, parse
+from gdagrow.errors import CheckpointError, PlanError
+from gdagrow.growth import TensorGrowth
+from gdagrow.header import Header, TensorInfo
+from gdagrow.heads import HeadGrowth, Ratio, axis_maps, grow_heads
+from gdagrow.recipe import Recipe
+
+GROWABLE_DTYPES = ("F64", "F32", "BF16", "F16")
+
+# The paper's ratios decline beyond this many signal heads to a noise head.
+LARGEST_SUPPORTED_RATIO = 5
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the grown checkpoint.
+
+    name: Its name in the grown checkpoint.
+    source: The stored tensor that it grows from.
+    parameter: Its row in the architecture's table, with `{layer}` standing for every layer.
+    notation: Its dimensions in arrow notation.
+    part: `embedding`, `attention`, `mlp`, `norm` or `head`.
+    growth: Its index maps.
+    noisy: Whether its split weights get zero-sum noise.
+    learning_rate_multiplier: Suggested: a split weight is `1/copies` of what it was while an optimizer's step is not.
+    moments_lost: Why its optimizer moments cannot be carried exactly, or None where they can.
+    """
+
+    name: str
+    source: TensorInfo
+    parameter: str
+    notation: str
+    part: str
+    growth: TensorGrowth
+    noisy: bool
+    learning_rate_multiplier: float
+    moments_lost: str | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.growth.shape
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * ((self.source.stop - self.source.start) // self.source.num_elements)
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """Everything that a growth will do: every map, shape and byte, and the grown config."""
+
+    header: Header
+    recipe: Recipe
+    architecture: Architecture
+    before: Sizes
+    after: Sizes
+    heads: HeadGrowth
+    maps: AxisMaps
+    config: Mapping[str, Any]
+    tied_before: bool
+    tied_after: bool
+    tensors: tuple[TensorPlan, ...]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of weights to write."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @property
+    def factors(self) -> dict[str, int | str]:
+        """What was done to each width axis; a target ratio as text."""
+        asked = {axis: self.recipe.factor(axis) for axis in ("signal", "noise", "kv", "hidden", "ffn")}
+        return {axis: str(value) if isinstance(value, Ratio) else value for axis, value in asked.items()}
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """What a user may want to know before going on; never a refusal."""
+        hints = []
+        ratio = self.after.heads.ratio
+        if ratio > LARGEST_SUPPORTED_RATIO:
+            hints.append(f"the ratio {ratio}:1 is above {LARGEST_SUPPORTED_RATIO}:1, where the paper saw quality "
+                         f"decline (3:1 to 4:1 train best){self._back_in_range()}")  # fmt: skip
+        if self.recipe.exact_copies:
+            hints.append("exact copies see identical gradients and stay identical for ever in training")
+        lost = sorted({f"{t.parameter}: {t.moments_lost}" for t in self.tensors if t.moments_lost})
+        if lost:
+            hints.append("optimizer moments cannot be carried exactly for " + "; ".join(lost))
+        return tuple(hints)
+
+    def _back_in_range(self) -> str:
+        ratio, noise = self.after.heads.ratio, self.after.heads.num_groups // self.before.heads.num_groups
+        for more in range(2, ratio + 1):
+            if ratio % more == 0 and ratio // more <= LARGEST_SUPPORTED_RATIO:
+                return f"; noise x{noise * more} as well would make it {ratio // more}:1"
+        return ""
+
+
+def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
+    """Plan a growth.
+
+    Args:
+        header: The source checkpoint's config and tensors; no weight is read.
+        recipe: What the user asks for.
+
+    Raises:
+        CheckpointError: the config makes no sense, no table covers it, or tensors are missing, unknown or misshapen.
+        PlanError: this checkpoint cannot be grown so.
+    """
+    architecture = architecture_of(header.config)
+    before = architecture.sizes(header.config)
+    parameters = claim(header, architecture, before)
+    heads = grow_heads(before.heads, signal=recipe.factor("signal"), noise=_whole(recipe, "noise"), kv=_whole(recipe, "kv"))  # fmt: skip
+    hidden = IndexMap.tile(before.hidden, _whole(recipe, "hidden"))
+    ffn = IndexMap.tile(before.ffn, _whole(recipe, "ffn"))
+    maps = axis_maps(heads, before.head_dim, {"hidden": hidden, "ffn": ffn, "vocab": IndexMap.identity(before.vocab)})
+    after = Sizes(heads.after, before.head_dim, hidden.size, ffn.size, before.vocab, before.num_layers)
+    tied = architecture.is_tied(header.config)
+    if recipe.embeddings and not tied:
+        raise PlanError(f"embeddings {recipe.embeddings}: the source's head and embedding are not tied; leave it out")
+    tied_after = tied and recipe.embeddings != "untie"
+    if after == before and tied_after == tied:
+        raise PlanError(f"nothing would grow: the source already has the ratio {before.heads.ratio}:1")
+    tensors = tuple(_tensor_plans(header, recipe, architecture, parameters, maps, tied, tied_after))
+    config = architecture.grown_config(header.config, after, tied=tied_after)
+    return GrowthPlan(
+        header, recipe, architecture, before, after, heads, maps, config, tied, tied_after, tensors
+    )  # fmt: skip
+
+
+def _whole(recipe: Recipe, axis: str) -> int:
+    factor = recipe.factor(axis)
+    assert isinstance(factor, int)
+    return factor
+
+
+def claim(header: Header, architecture: Architecture, sizes: Sizes) -> dict[str, Parameter]:
+    """Give every stored tensor its one row of the table.
+
+    Returns:
+        Tensor name to row, in the table's order, layer by layer.
+
+    Raises:
+        CheckpointError: names every tensor that is missing, unknown, misshapen or of a dtype that cannot be grown.
+    """
+    present = {p for p in architecture.table(header.config) if not p.optional or _is_stored(p, header)}
+    claimed: dict[str, Parameter] = {}
+    for parameter, layer in _in_order(architecture.table(header.config), sizes.num_layers):
+        if parameter in present:
+            claimed[parameter.name.format(layer=layer)] = parameter
+    problems = [f"missing {name}" for name in claimed if name not in header.tensors]
+    problems += [f"unknown {name}" for name in header.tensors if name not in claimed]
+    for name, parameter in claimed.items():
+        info, expected = header.tensors.get(name), parameter.parsed.shape(sizes.axes)
+        if info and info.shape != expected:
+            problems.append(f"{name} has shape {list(info.shape)}, expected {list(expected)} ({parameter.notation})")
+        if info and info.dtype not in GROWABLE_DTYPES:
+            problems.append(f"{name} is stored as {info.dtype}, expected one of {', '.join(GROWABLE_DTYPES)}")
+    if problems:
+        raise CheckpointError(
+            f"{header.directory}: {len(problems)} tensors do not fit the {architecture.name} table at the sizes in "
+            "config.json: " + "; ".join(problems)
+        )
+    return claimed
+
+
+def _is_stored(parameter: Parameter, header: Header) -> bool:
+    if not parameter.is_layered:
+        return parameter.name in header.tensors
+    prefix, suffix = parameter.name.split("{layer}")
+    return any(name.startswith(prefix) and name.endswith(suffix) for name in header.tensors)
+
+
+def _in_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[Parameter, int]]:
+    """The table's rows with the layered ones repeated for each layer, where the first of them stands."""
+    first = next(i for i, p in enumerate(table) if p.is_layered)
+    yield from ((p, 0) for p in table[:first] if not p.is_layered)
+    yield from ((p, layer) for layer in range(num_layers) for p in table if p.is_layered)
+    yield from ((p, 0) for p in table[first:] if not p.is_layered)
+
+
+def _tensor_plans(
+    header: Header, recipe: Recipe, architecture: Architecture, parameters: dict[str, Parameter], maps: AxisMaps,
+    tied: bool, tied_after: bool,
+) -> Iterator[TensorPlan]:  # fmt: skip
+    untied = tied and not tied_after
+    for name, parameter in parameters.items():
+        carries_split = tied_after and name == architecture.last_norm
+        # A tied head cannot be split, for its tensor is the embedding too: the norm that feeds it is split instead.
+        notation = "<- hidden" if carries_split else parameter.notation
+        lost = "its tied gradient was that of two parameters" if untied and name == architecture.embedding else None
+        yield _tensor_plan(
+            name, header.tensors[name], parameter.name, notation, parameter.part, maps,
+            noisy=not recipe.exact_copies and not carries_split, lost=lost,
+        )  # fmt: skip
+    if untied:
+        head = next(p for p in architecture.table({**header.config, "tie_word_embeddings": False})
+                    if p.name == architecture.head)  # fmt: skip
+        yield _tensor_plan(
+            head.name, header.tensors[architecture.embedding], head.name, head.notation, head.part, maps,
+            noisy=not recipe.exact_copies, lost="it is new: the source's head was tied to the embedding",
+        )  # fmt: skip
+
+
+def _tensor_plan(
+    name: str, source: TensorInfo, parameter: str, notation: str, part: str, maps: AxisMaps, *, noisy: bool,
+    lost: str | None,
+) -> TensorPlan:  # fmt: skip
+    parsed = parse(notation)
+    growth = TensorGrowth.of(parsed, maps)
+    unequal = sorted(maps.unequal & parsed.axes(read=False))
+    if unequal and lost is None:
+        lost = f"copies along {', '.join(unequal)} serve unequal shares of what they served"
+    multiplier = prod(dim.old_size / dim.size for dim, reads in zip(growth.dims, growth.reads) if reads)
+    return TensorPlan(
+        name, source, parameter, notation, part, growth, noisy and growth.splits, multiplier, lost
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""`growth.json`: what a grown checkpoint says of how it came about, complete enough to repeat and to undo it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import gdagrow
+from gdagrow.errors import CheckpointError
+from gdagrow.plan import GrowthPlan
+
+RECORD_FILE: Final = "growth.json"
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A weight file that was read or written: its size and the SHA-256 of its bytes."""
+
+    num_bytes: int
+    sha256: str
+
+
+def growth_record(
+    plan: GrowthPlan, *, read: Mapping[str, FileDigest], written: Mapping[str, FileDigest], history: list[Any]
+) -> dict[str, Any]:
+    """What goes into `growth.json`; it holds nothing that differs between two runs of the same growth.
+
+    Args:
+        plan: The growth.
+        read, written: Source and output weight files by name.
+        history: The records of earlier growths of the source, oldest first.
+    """
+    recipe, lost = plan.recipe, {t.parameter: t.moments_lost for t in plan.tensors if t.moments_lost}
+    return {
+        "format": FORMAT,
+        "versions": {"gdagrow": gdagrow.__version__, **_versions()},
+        "architecture": plan.architecture.name,
+        "recipe": recipe.as_dict(),
+        "factors": plan.factors,
+        "tied": {"source": plan.tied_before, "grown": plan.tied_after},
+        "noise": None if recipe.exact_copies else {"snr_db": recipe.snr_db, "seed": recipe.seed},
+        "lineage": {
+            # For each new query group, the old [group, signal head] of its signal heads, in order.
+            "signal_heads": plan.heads.lineage(),
+            # For each new query group, the old group whose noise head it holds; for each new KV group, the old one.
+            "noise_heads": list(plan.heads.group),
+            "kv_groups": list(plan.heads.kv),
+            # New features in order, as runs [start, stop) of old ones.
+            "hidden": _runs(plan, "hidden"),
+            "ffn": _runs(plan, "ffn"),
+        },
+        "notation": {t.parameter: t.notation for t in plan.tensors},
+        "learning_rate_multipliers": {t.parameter: t.learning_rate_multiplier for t in plan.tensors},
+        "moments_not_carried": lost,
+        "source": {"name": plan.header.directory.resolve().name, "files": _files(read)},
+        "output": {"files": _files(written)},
+        "history": history,
+    }
+
+
+def read_record(directory: Path) -> list[Any]:
+    """Read the history of a source: the record of its own growth, preceded by those before it; empty if it has none.
+
+    Raises:
+        CheckpointError: there is a `growth.json` that cannot be read.
+    """
+    path = directory / RECORD_FILE
+    if not path.exists():
+        return []
+    try:
+        record = json.loads(path.read_bytes())
+        earlier = record.pop("history")
+        return [*earlier, record]
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(
+            f"{path}: expected the record of an earlier growth, got something else; restore or remove the file"
+        ) from None
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {package: version(package) for package in ("torch", "safetensors")}
+
+
+def _runs(plan: GrowthPlan, axis: str) -> list[list[int]]:
+    return [list(run) for run in plan.maps.of(axis, None).runs]
+
+
+def _files(digests: Mapping[str, FileDigest]) -> dict[str, dict[str, Any]]:
+    return {name: {"bytes": digest.num_bytes, "sha256": digest.sha256} for name, digest in sorted(digests.items())}

@@ -15,7 +15,7 @@ end. Growth gives each axis one index map `new -> old`; the notation composes th
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import pairwise
 
 from gdagrow.errors import GdagrowError
@@ -23,7 +23,7 @@ from gdagrow.errors import GdagrowError
 
 @dataclass(frozen=True)
 class Segment:
-    """Contiguous new indices `[new, new + length)` that are copy number `copy` of `copies` of the old ones from `old`."""
+    """New indices `[new, new + length)`: copy number `copy` of `copies` of the old ones from `old`."""
 
     new: int
     old: int
@@ -142,14 +142,16 @@ class Notation:
 
     def axes(self, *, read: bool) -> frozenset[str]:
         """The names of the axes that the layer reads, or writes."""
-        return frozenset(name for dim, reads in zip(self.dims, self.reads) if reads == read for name in _names(dim))
+        return frozenset(
+            name for dim, reads in zip(self.dims, self.reads, strict=True) if reads == read for name in _names(dim)
+        )
 
     def index_maps(self, maps: AxisMaps) -> tuple[IndexMap, ...]:
         """One composed map a dimension."""
         return tuple(_compose(dim, maps, None) for dim in self.dims)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Notation:
     """Read a parameter in arrow notation.
 
@@ -234,7 +236,7 @@ def _compose(dim: Expression, maps: AxisMaps, outer: int | None) -> IndexMap:
     else:
         inners = [_compose(rest, maps, new) for new in range(head.size)]
     size = inners[0].old_size
-    runs = ((old * size + a, old * size + b) for old, inner in zip(head, inners) for a, b in inner.runs)
+    runs = ((old * size + a, old * size + b) for old, inner in zip(head, inners, strict=True) for a, b in inner.runs)
     return IndexMap(_join(runs), head.old_size * size)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdagrow.axes import IndexMap, Segment
-from gdagrow.growth import SourceRows, TensorGrowth, row_steps
+from gdagrow.growth import TensorGrowth
 from gdagrow.split import BLOCK_WEIGHTS, Noise, num_draws, split
 
 
@@ -72,15 +72,13 @@ def grow_tensor(growth: TensorGrowth, source: Tensor, name: str = "", noise: Noi
         A tensor of `growth.shape` in the dtype of `source`.
     """
     matrix = source.reshape(growth.rows.old_size, growth.columns.old_size)
-    rows: list[Tensor] = []
-    for step in row_steps(growth.rows):
-        if isinstance(step, SourceRows):
-            grown = source.new_empty((step.stop - step.start, growth.columns.size))
-            grow_rows(growth, matrix[step.start : step.stop], grown, first_row=step.start, name=name, noise=noise)
-            rows.append(grown)
-        else:
-            rows.append(torch.cat(rows)[step.start : step.stop])
-    return torch.cat(rows).reshape(growth.shape)
+    grown = source.new_empty((growth.rows.size, growth.columns.size))
+    row = 0
+    for start, stop in growth.rows.runs:
+        to = slice(row, row + stop - start)
+        grow_rows(growth, matrix[start:stop], grown[to], first_row=start, name=name, noise=noise)
+        row = to.stop
+    return grown.reshape(growth.shape)
 
 
 def grow_moment(growth: TensorGrowth, source: Tensor, power: int) -> Tensor:
@@ -94,7 +92,7 @@ def grow_moment(growth: TensorGrowth, source: Tensor, power: int) -> Tensor:
     Source: growth-math 2; the gradient of a grown parameter is this with power 1.
     """
     grown = source
-    for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads)):
+    for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads, strict=True)):
         grown = grown.index_select(dim, torch.tensor(list(index_map)))
         if not reads:
             copies = torch.cat([torch.full((s.length,), float(s.copies)) for s in index_map.segments])

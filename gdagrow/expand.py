@@ -6,7 +6,7 @@ import os
 import queue
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +22,13 @@ from gdagrow.formats.publish import Companions, check_free_space, copy_companion
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.formats.safetensors_writer import (
-    BUFFERS_HELD, ShardLayout, ShardWriter, TargetTensor, index_json, plan_shards, tensor_bytes,
+    ShardLayout,
+    ShardWriter,
+    TargetTensor,
+    index_json,
+    plan_shards,
+    tensor_bytes,
 )  # fmt: skip
-from gdagrow.growth import RowCopies, SourceRows, row_steps
 from gdagrow.header import ITEM_BYTES
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record
@@ -33,9 +37,7 @@ from gdagrow.split import Noise
 CHUNK_BYTES: Final = 8 * 2**20  # of output; a few are in memory at a time, whatever the model
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 
-# Chunks being grown ahead of the one being written, and buffers for those, for that one, and for those being hashed.
-_LOOKAHEAD: Final = 3
-_NUM_BUFFERS: Final = _LOOKAHEAD + 1 + BUFFERS_HELD
+_LOOKAHEAD: Final = 3  # chunks being grown while one is written
 _SPARE_BYTES: Final = 2**20  # for config, index and record
 
 Progress = Callable[[int], None]
@@ -129,7 +131,7 @@ def _write_weights(
         for layout in layouts:
             path = directory / layout.file
             with ShardWriter(path, layout) as writer:
-                for chunk in grower.chunks(layout, tensors, path):
+                for chunk in grower.chunks(tensors[entry.tensor.name] for entry in layout.entries):
                     writer.write(chunk)
                     if progress:
                         progress(len(chunk))
@@ -139,19 +141,15 @@ def _write_weights(
 
 @dataclass(frozen=True)
 class _Job:
-    """Some rows of a tensor of `[rows, columns]`, which begins at byte `start` of the shard being written."""
+    """Grow source rows `[start, stop)` of a tensor seen as `[rows, columns]`; they are the next rows of the output."""
 
     tensor: TensorPlan
-    step: SourceRows | RowCopies
     start: int
-
-    @property
-    def num_bytes(self) -> int:
-        return (self.step.stop - self.step.start) * _row_bytes(self.tensor)
+    stop: int
 
 
 class _Grower:
-    """Grows a shard's tensors chunk by chunk, in order, on worker threads and in a few buffers that go round."""
+    """Grows tensors chunk by chunk, in order, on worker threads and in a few buffers that go round."""
 
     def __init__(self, reader: TensorReader, noise: Noise | None) -> None:
         self._reader = reader
@@ -160,7 +158,7 @@ class _Grower:
         workers = min(_LOOKAHEAD, len(os.sched_getaffinity(0)))
         self._workers = ThreadPoolExecutor(workers, "gdagrow-grow", torch.set_num_threads, (1,))
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for _ in range(_NUM_BUFFERS):
+        for _ in range(_LOOKAHEAD + 1):
             self._free.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
 
     def __enter__(self) -> "_Grower":
@@ -169,71 +167,45 @@ class _Grower:
     def __exit__(self, *_: object) -> None:
         self._workers.shutdown(cancel_futures=True)
 
-    def chunks(self, layout: ShardLayout, tensors: Mapping[str, TensorPlan], path: Path) -> Iterator[memoryview]:
-        """Yield the bytes behind a shard's header, each chunk to be written to `path` before the next is asked for.
-
-        A chunk stays as it is while `BUFFERS_HELD` more are yielded.
-        """
-        jobs = (job for entry in layout.entries
-                for job in _jobs(tensors[entry.tensor.name], len(layout.header) + entry.start))  # fmt: skip
-        ahead: deque[tuple[_Job, Future[tuple[memoryview, Tensor]] | None]] = deque()
-        held: deque[Tensor] = deque()
-        with path.open("rb") as file:
-            while True:
-                for job in islice(jobs, _LOOKAHEAD - len(ahead)):
-                    # Rows that repeat earlier ones wait for those to be written.
-                    fresh = isinstance(job.step, SourceRows)
-                    ahead.append((job, self._workers.submit(self._grow, job) if fresh else None))
-                if not ahead:
-                    break
-                job, future = ahead.popleft()
-                chunk, buffer = future.result() if future else self._read_back(job, file.fileno())
-                yield chunk
-                held.append(buffer)
-                if len(held) > BUFFERS_HELD:
-                    self._free.put(held.popleft())
-        for buffer in held:
+    def chunks(self, tensors: Iterable[TensorPlan]) -> Iterator[memoryview]:
+        """Yield the grown bytes of tensors in order; a chunk is overwritten once the next is asked for."""
+        jobs = (job for tensor in tensors for job in _jobs(tensor))
+        ahead: deque[Future[tuple[memoryview, Tensor]]] = deque()
+        while True:
+            ahead.extend(self._workers.submit(self._grow, job) for job in islice(jobs, _LOOKAHEAD - len(ahead)))
+            if not ahead:
+                break
+            chunk, buffer = ahead.popleft().result()
+            yield chunk
             self._free.put(buffer)
 
     def _grow(self, job: _Job) -> tuple[memoryview, Tensor]:
-        tensor, step, growth = job.tensor, job.step, job.tensor.growth
+        tensor, growth = job.tensor, job.tensor.growth
         if len(growth.dims) == 1:
             source = self._reader.tensor(tensor.source.name).unsqueeze(0)
         else:
-            source = self._reader.rows(tensor.source.name, step.start, step.stop)
-        buffer = self._buffer(job.num_bytes)
-        grown = buffer[: job.num_bytes].view(source.dtype).view(source.shape[0], -1)
-        noise = self._noise if tensor.noisy else None
-        grow_rows(growth, source, grown, first_row=step.start, name=tensor.name, noise=noise)
-        return tensor_bytes(buffer[: job.num_bytes]), buffer
-
-    def _read_back(self, job: _Job, file: int) -> tuple[memoryview, Tensor]:
-        buffer = self._buffer(job.num_bytes)
-        chunk = tensor_bytes(buffer[: job.num_bytes])
-        begin, done = job.start + job.step.start * _row_bytes(job.tensor), 0
-        while done < len(chunk):
-            count = os.preadv(file, [chunk[done:]], begin + done)
-            if not count:
-                raise OutputError("the output was truncated while it was written; let nothing else write there")
-            done += count
-        return chunk, buffer
-
-    def _buffer(self, num_bytes: int) -> Tensor:
+            source = self._reader.rows(tensor.source.name, job.start, job.stop)
+        num_bytes = source.shape[0] * _row_bytes(tensor)
         buffer = self._free.get()
-        return buffer if buffer.numel() >= num_bytes else torch.empty(num_bytes, dtype=torch.uint8)
+        if buffer.numel() < num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        grown = buffer[:num_bytes].view(source.dtype).view(source.shape[0], -1)
+        noise = self._noise if tensor.noisy else None
+        grow_rows(growth, source, grown, first_row=job.start, name=tensor.name, noise=noise)
+        return tensor_bytes(buffer[:num_bytes]), buffer
 
 
 def _row_bytes(tensor: TensorPlan) -> int:
     return tensor.growth.columns.size * ITEM_BYTES[tensor.source.dtype]
 
 
-def _jobs(tensor: TensorPlan, start: int) -> Iterator[_Job]:
-    """A tensor's rows in chunks, which end where blocks of source rows end so that no random word is drawn twice."""
+def _jobs(tensor: TensorPlan) -> Iterator[_Job]:
+    """A tensor's rows in chunks, cut where blocks of source rows end so that no random word is drawn twice."""
     block = block_rows(tensor.growth)
     rows = max(1, CHUNK_BYTES // (_row_bytes(tensor) * block)) * block
-    for step in row_steps(tensor.growth.rows):
-        for cut in range(step.start - step.start % rows, step.stop, rows):
-            yield _Job(tensor, type(step)(max(cut, step.start), min(cut + rows, step.stop)), start)
+    for start, stop in tensor.growth.rows.runs:
+        for cut in range(start - start % rows, stop, rows):
+            yield _Job(tensor, max(cut, start), min(cut + rows, stop))
 
 
 def _digests(directory: Path, names: Sequence[str]) -> dict[str, FileDigest]:

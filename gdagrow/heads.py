@@ -51,15 +51,15 @@ class HeadGrowth:
 
     def lineage(self) -> list[list[list[int]]]:
         """For each new group, the old `[group, signal head]` of each of its signal heads."""
-        return [[[group, head] for head in heads] for group, heads in zip(self.group, self.signal)]
+        return [[[group, head] for head in heads] for group, heads in zip(self.group, self.signal, strict=True)]
 
     @property
     def unequal(self) -> frozenset[str]:
         """The axes among `group` (its noise head) and `kv` whose copies serve unequal shares of the old consumers."""
-        copies = Counter((group, head) for group, heads in zip(self.group, self.signal) for head in heads)
+        copies = Counter((group, head) for group, heads in zip(self.group, self.signal, strict=True) for head in heads)
         by_group: list[dict[tuple[int, int], Fraction]] = []
         by_kv: list[dict[tuple[int, int], Fraction]] = [{} for _ in range(self.after.num_kv_groups)]
-        for new, (group, heads) in enumerate(zip(self.group, self.signal)):
+        for new, (group, heads) in enumerate(zip(self.group, self.signal, strict=True)):
             share = {(group, j): Fraction(n, copies[group, j]) for j, n in Counter(heads).items()}
             by_group.append(share)
             served = by_kv[new // self.after.groups_per_kv]
@@ -134,5 +134,13 @@ def _grown_ratio(heads: Heads, signal: int | Ratio, noise: int) -> int:
 
 def axis_maps(heads: HeadGrowth, head_dim: int, plain: dict[str, IndexMap]) -> AxisMaps:
     """The maps of the head axes joined with those of the plain axes (`hidden`, `ffn`, `vocab`)."""
-    head_axes = {"group": heads.group, "signal": heads.signal, "kv": heads.kv, "head_dim": IndexMap.identity(head_dim)}
-    return AxisMaps({**plain, **head_axes}, heads.unequal)
+    return AxisMaps(
+        {
+            **plain,
+            "group": heads.group,
+            "signal": heads.signal,
+            "kv": heads.kv,
+            "head_dim": IndexMap.identity(head_dim),
+        },
+        heads.unequal,
+    )

@@ -122,7 +122,9 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     architecture = architecture_of(header.config)
     before = architecture.sizes(header.config)
     parameters = claim(header, architecture, before)
-    heads = grow_heads(before.heads, signal=recipe.factor("signal"), noise=_whole(recipe, "noise"), kv=_whole(recipe, "kv"))  # fmt: skip
+    heads = grow_heads(
+        before.heads, signal=recipe.factor("signal"), noise=_whole(recipe, "noise"), kv=_whole(recipe, "kv")
+    )
     hidden = IndexMap.tile(before.hidden, _whole(recipe, "hidden"))
     ffn = IndexMap.tile(before.ffn, _whole(recipe, "ffn"))
     maps = axis_maps(heads, before.head_dim, {"hidden": hidden, "ffn": ffn, "vocab": IndexMap.identity(before.vocab)})
@@ -223,7 +225,7 @@ def _tensor_plan(
     unequal = sorted(maps.unequal & parsed.axes(read=False))
     if unequal and lost is None:
         lost = f"copies along {', '.join(unequal)} serve unequal shares of what they served"
-    multiplier = prod(dim.old_size / dim.size for dim, reads in zip(growth.dims, growth.reads) if reads)
+    multiplier = prod(dim.old_size / dim.size for dim, reads in zip(growth.dims, growth.reads, strict=True) if reads)
     return TensorPlan(
         name, source, parameter, notation, part, growth, noisy and growth.splits, multiplier, lost
     )  # fmt: skip

@@ -52,7 +52,7 @@ class Noise:
     @property
     def amplitude(self) -> float:
         """The relative standard deviation of the noise on one part."""
-        return 10.0 ** (-self.snr_db / 20.0)
+        return float(10.0 ** (-self.snr_db / 20.0))
 
     def generator(self, tensor: str, block: int) -> torch.Generator:
         """The source of random words for one block of source rows of one tensor."""
@@ -86,7 +86,7 @@ def split(weight: Tensor, parts: Sequence[Tensor], *, words: Sequence[Tensor] = 
         grid = _GRIDS[weight.dtype]
         exact = equal.to(torch.promote_types(weight.dtype, torch.float32))
         unit = _signed_unit(exact, grid, spare_bits=0)
-        for part, offset in zip(parts, _zero_sum(exact / unit, words, amplitude, grid)):
+        for part, offset in zip(parts, _zero_sum(exact / unit, words, amplitude, grid), strict=True):
             part.copy_(offset.mul_(unit).add_(exact))
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
-from mmap import mmap
+from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -153,8 +153,8 @@ class ShardWriter:
         self._file_bytes = layout.file_bytes
         self._written = 0
         self._digest = sha256()
-        # Anonymous maps begin at a page, as direct writes demand.
-        self._blocks = [memoryview(mmap(-1, BLOCK_BYTES)) for _ in range(NUM_BLOCKS)]
+        # Maps begin at a page, as direct writes demand.
+        self._blocks = [memoryview(mmap(-1, BLOCK_BYTES, MAP_PRIVATE)) for _ in range(NUM_BLOCKS)]
         self._in_use: deque[tuple[Future[None], ...]] = deque()
         try:
             self._file = DirectFile(path)

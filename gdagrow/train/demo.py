@@ -33,7 +33,7 @@ SKIPPED_FOLDERS = frozenset({
 VALIDATION_EVERY = 20
 VALIDATION_WINDOWS = 256
 SEED = 0
-BATCH, POSITIONS = 8, 128
+BATCH, POSITIONS = 4, 128
 PEAK_RATE, FINAL_RATE, WARMUP_STEPS = 3e-3, 3e-4, 30
 WEIGHT_DECAY = 0.1
 
@@ -101,7 +101,8 @@ def bigram_loss(training: Tensor, ids: Tensor) -> float:
 def validation_loss(model: GdaModel, ids: Tensor) -> float:
     """Nats per byte on `ids` `[windows, POSITIONS]`."""
     losses = [
-        F.cross_entropy(model(part).logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()) for part in ids.split(32)
+        F.cross_entropy(model(part).logits[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+        for part in ids.view(-1, 32, POSITIONS)
     ]
     return float(torch.stack(losses).mean())
 

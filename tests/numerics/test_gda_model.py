@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdagrow.models.gda import GdaConfig, GdaModel, init_weights
-from gdagrow.models.layers import PROJECTIONS
+from gdagrow.models.layers import PROJECTIONS, PolyNorm, RmsNorm
 from tests.reference import reference_logits
 
 # Rounding in float64 (2.2e-16) adds up over a few hundred dependent operations in three layers; 4500 times eps.
@@ -161,6 +161,19 @@ def test_float32_lambdas_and_norms_beside_bf16_matrices() -> None:
     logits = mixed(case.ids()).logits
     assert logits.dtype == torch.bfloat16
     assert relative_error(logits, high(case.ids()).logits) < 10 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("module", [RmsNorm(64, 1e-6), PolyNorm()], ids=["rms", "poly"])
+def test_norms_round_to_bf16_only_once(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(200, 64, generator=generator).bfloat16()
+    got, exact = module.bfloat16()(x).double(), module.double()(x.double())
+    # Half an eps of rounding to bf16, and what float32 leaves of terms that may cancel.
+    allowed = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 100 * torch.finfo(torch.float32).eps
+    assert ((got - exact).abs() <= allowed).all()
 
 
 def test_a_later_token_changes_no_earlier_logit() -> None:

@@ -1,0 +1,49 @@
+"""Write a random Motif checkpoint of a given size, streaming, for benchmarks."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from gdagrow.archs.motif import Motif
+from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, plan_shards, tensor_bytes
+
+DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
+_CHUNK_ELEMENTS = 2**22
+
+
+def write_checkpoint(directory: Path, *, num_layers: int, hidden: int, dtype: str) -> int:
+    """Write a 3:1 GDA checkpoint with head_dim 128, an FFN of four times `hidden` and a vocabulary of 32000.
+
+    Returns:
+        The bytes of its weights.
+    """
+    code, torch_dtype = DTYPES[dtype]
+    groups = hidden // 512
+    config = {
+        "model_type": "motif", "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": num_layers,
+        "num_attention_heads": 4 * groups, "num_noise_heads": groups, "num_key_value_heads": 2 * groups,
+        "head_dim": 128, "vocab_size": 32000, "hidden_act": "poly_norm", "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6, "rope_theta": 500000.0, "max_position_embeddings": 16384,
+    }  # fmt: skip
+    motif = Motif()
+    axes = motif.sizes(config).axes
+    tensors = [
+        TargetTensor(row.name.format(layer=layer), code, row.parsed.shape(axes))
+        for row in motif.table(config) if not row.optional
+        for layer in range(num_layers if row.is_layered else 1)
+    ]  # fmt: skip
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    (layout,) = plan_shards(tensors, 10**15)
+    # The same normal weights over and over: what is in them does not change the work.
+    weights = (torch.randn(_CHUNK_ELEMENTS, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch_dtype)
+    octets = tensor_bytes(weights)
+    with ShardWriter(directory / layout.file, layout) as writer:
+        for entry in layout.entries:
+            left = entry.stop - entry.start
+            while left:
+                writer.write(octets[: min(left, len(octets))])
+                left -= min(left, len(octets))
+        writer.close()
+    return layout.data_bytes

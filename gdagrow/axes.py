@@ -189,6 +189,8 @@ def _parse_terms(side: str, text: str) -> tuple[Expression, ...]:
 
 
 def _group(terms: list[Expression], text: str) -> Expression:
+    if not terms:
+        raise GdagrowError(f"notation {text!r}: empty parentheses")
     if "+" not in terms:
         return ("product", tuple(terms))
     if len(terms) % 2 == 0 or any((term == "+") != (i % 2 == 1) for i, term in enumerate(terms)):

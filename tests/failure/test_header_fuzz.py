@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gdagrow.errors import CheckpointError
-from gdagrow.formats.safetensors_header import read_header, read_shard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.safetensors_header import read_header, read_shard
 
 SPLICES = [b'"', b"{", b"}", b"[", b"]", b",", b":", b"-1", b"1e9", b"true", b"null", b"\xff", b"\\ud800", b"9" * 30]
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_header, read_shard
-from safetensors.torch import save_file
 
 GOOD = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 
@@ -153,7 +154,9 @@ def test_header_claims(tmp_path: Path) -> None:
     path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     assert f"at most 100000000 bytes, got a claim of {1 << 60} bytes" in refused_shard(path)
     path.write_bytes((1000).to_bytes(8, "little") + b"{}")
-    assert "expected a header of 1000 bytes, got a file of 10 bytes in all; the file is truncated" in refused_shard(path)
+    assert "expected a header of 1000 bytes, got a file of 10 bytes in all; the file is truncated" in refused_shard(
+        path
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +217,9 @@ def test_overlap_hole_and_leftover(tmp_path: Path) -> None:
     )
     assert "tensor 'v' leaves a hole after 'w'" in refused_shard(raw_shard(tmp_path / "s", two([9, 10]), bytes(10)))
     first_late = {"w": {**GOOD["w"], "data_offsets": [4, 12]}}
-    assert "tensor 'w' leaves a hole after the header" in refused_shard(raw_shard(tmp_path / "s", first_late, bytes(12)))
+    assert "tensor 'w' leaves a hole after the header" in refused_shard(
+        raw_shard(tmp_path / "s", first_late, bytes(12))
+    )
     path = raw_shard(tmp_path / "s", two([8, 10]), bytes(13))
     size = path.stat().st_size
     assert f"expected {size - 3} bytes by its header, got {size}: 3 bytes belong to no tensor" in refused_shard(path)

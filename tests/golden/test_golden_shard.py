@@ -3,21 +3,22 @@
 from pathlib import Path
 
 import torch
-from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, index_json, plan_shards, tensor_bytes
 from safetensors.torch import save_file
+
+from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, index_json, plan_shards, tensor_bytes
 
 HEADER = (
     b'{"__metadata__":{"format":"pt","gdagrow":"1"},'
     b'"norm":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-    b'"proj":{"dtype":"BF16","shape":[2,1],"data_offsets":[8,12]}}  '
+    b'"proj":{"dtype":"BF16","shape":[2,1],"data_offsets":[8,12]}}      '
 )
 SHARD = (
-    b"\xa0\x00\x00\x00\x00\x00\x00\x00"
+    b"\xa8\x00\x00\x00\x00\x00\x00\x00"
     + HEADER
     + b"\x00\x00\x80\x3f\x00\x00\x00\xc0"  # 1, -2 in float32
     + b"\x80\x3f\x40\xc0"  # 1, -3 in bfloat16
 )
-SHA256 = "@@"
+SHA256 = "bd4366c6a0144711818f5c180944cf82cae4c9abf9ffa4205d78b602fcea76ad"
 
 
 def test_shard_bytes_and_hash(tmp_path: Path) -> None:

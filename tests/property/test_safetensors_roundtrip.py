@@ -3,12 +3,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from gdagrow.formats.safetensors_header import read_header
-from gdagrow.formats.safetensors_reader import TORCH_DTYPES, TensorReader
-from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, index_json, plan_shards, tensor_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+
+from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.safetensors_reader import TORCH_DTYPES, TensorReader
+from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, index_json, plan_shards, tensor_bytes
 
 TENSORS = st.lists(
     st.tuples(
@@ -29,9 +30,9 @@ def random_bits(target: TargetTensor) -> torch.Tensor:
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return (left.dtype, left.shape) == (right.dtype, right.shape) and bytes(
-        tensor_bytes(left.contiguous())
-    ) == bytes(tensor_bytes(right.contiguous()))
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and bytes(tensor_bytes(left.contiguous())) == bytes(
+        tensor_bytes(right.contiguous())
+    )
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from gdagrow.formats.safetensors_header import read_header, read_shard
 from gdagrow.header import TensorInfo
-from safetensors.torch import save_file
 
 
 def write_raw(path: Path, header: dict[str, object], data: bytes) -> None:

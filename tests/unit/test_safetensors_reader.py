@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.header import Header
-from safetensors.torch import save_file
 
 
 def checkpoint(directory: Path, tensors: dict[str, torch.Tensor]) -> Header:
@@ -115,7 +116,8 @@ def test_a_dtype_that_is_no_float_is_refused(tmp_path: Path) -> None:
     with (
         TensorReader(header) as reader,
         pytest.raises(
-            CheckpointError, match=r"tensor 'ids': expected a dtype of F64, F32, F16, BF16, got I64; convert or remove it"
+            CheckpointError,
+            match=r"tensor 'ids': expected a dtype of F64, F32, F16, BF16, got I64; convert or remove it",
         ),
     ):
         reader.tensor("ids")

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from gdagrow.formats.safetensors_header import read_shard
 from gdagrow.formats.safetensors_writer import (
     BLOCK_BYTES,
@@ -14,7 +16,6 @@ from gdagrow.formats.safetensors_writer import (
     plan_shards,
     tensor_bytes,
 )
-from safetensors import safe_open
 
 
 def names(layout: ShardLayout) -> list[str]:
@@ -22,7 +23,9 @@ def names(layout: ShardLayout) -> list[str]:
 
 
 def test_shards_are_filled_in_order_up_to_the_limit() -> None:
-    tensors = [TargetTensor(name, "F32", (size,)) for name, size in [("a", 2), ("b", 3), ("big", 10), ("c", 1), ("d", 4)]]
+    tensors = [
+        TargetTensor(name, "F32", (size,)) for name, size in [("a", 2), ("b", 3), ("big", 10), ("c", 1), ("d", 4)]
+    ]
     layouts = plan_shards(tensors, 20)
     assert [names(layout) for layout in layouts] == [["a", "b"], ["big"], ["c", "d"]]
     assert [layout.file for layout in layouts] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -58,7 +61,9 @@ def test_index_is_what_transformers_expects() -> None:
     assert list(json.loads(content)["weight_map"]) == ["a", "b"]
 
 
-@pytest.mark.parametrize("sizes", [[0], [1], [1, 2, 3], [BLOCK_BYTES], [3 * BLOCK_BYTES + 5, 7], [5, BLOCK_BYTES, 4096 * 3]])
+@pytest.mark.parametrize(
+    "sizes", [[0], [1], [1, 2, 3], [BLOCK_BYTES], [3 * BLOCK_BYTES + 5, 7], [5, BLOCK_BYTES, 4096 * 3]]
+)
 def test_file_and_hash_for_all_kinds_of_lengths(tmp_path: Path, sizes: list[int]) -> None:
     torch.manual_seed(0)
     tensors = {f"t{i}": torch.randint(0, 256, (size,), dtype=torch.uint8) for i, size in enumerate(sizes)}

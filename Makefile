@@ -1,0 +1,44 @@
+# Two commands on a fresh machine:  make demo   (train, grow, compare a small real model)    make test   (every test)
+PYTHON ?= python3
+VENV ?= .venv
+# On a GPU machine, or to take another build of torch:  make TORCH=torch
+TORCH ?= torch==2.13.0
+DEMO ?= demo
+DEMO_SECONDS ?= 75
+BIN := $(VENV)/bin
+TEXT = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib') + '/argparse.py')")
+
+# Two torch threads collapse when cores are contended, unless idle ones sleep.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	@rm -rf $(DEMO)
+	OMP_NUM_THREADS=2 $(BIN)/python -m gdagrow.train.demo $(DEMO)/source --seconds $(DEMO_SECONDS)
+	$(BIN)/gdagrow inspect $(DEMO)/source
+	$(BIN)/gdagrow expand $(DEMO)/source $(DEMO)/signal-x2 --signal-x2
+	$(BIN)/gdagrow expand $(DEMO)/source $(DEMO)/uniform-x2 --uniform-x2
+	$(BIN)/gdagrow diff $(DEMO)/source $(DEMO)/signal-x2 --text $(TEXT)
+	$(BIN)/gdagrow diff $(DEMO)/source $(DEMO)/uniform-x2 --text $(TEXT)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from gdagrow.axes import IndexMap, Segment
-from gdagrow.growth import TensorGrowth
-from gdagrow.split import BLOCK_WEIGHTS, Noise, num_draws, split
-
-
-def block_rows(growth: TensorGrowth) -> int:
-    """Source rows to a block, the unit in which random words are drawn."""
-    return max(1, BLOCK_WEIGHTS // growth.columns.old_size)
+from gdagrow.growth import TensorGrowth, block_rows
+from gdagrow.split import Noise, num_draws, split
 
 
 def grow_rows(

@@ -4,40 +4,31 @@ import hashlib
 import json
 import os
 import queue
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from gdagrow.engine import block_rows, grow_rows
-from gdagrow.errors import OutputError, RecipeError
+from gdagrow.engine import grow_rows
+from gdagrow.errors import OutputError
 from gdagrow.formats.publish import Companions, check_free_space, copy_companions, list_companions, staged
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.formats.safetensors_reader import TensorReader
-from gdagrow.formats.safetensors_writer import (
-    ShardLayout,
-    ShardWriter,
-    TargetTensor,
-    index_json,
-    plan_shards,
-    tensor_bytes,
-)  # fmt: skip
+from gdagrow.formats.safetensors_writer import ShardLayout, ShardWriter, index_json, tensor_bytes
+from gdagrow.growth import block_rows
 from gdagrow.header import ITEM_BYTES
+from gdagrow.layout import CHUNK_BYTES, LOOKAHEAD, layout_of, num_workers
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record
 from gdagrow.split import Noise
 
-CHUNK_BYTES: Final = 8 * 2**20  # of output; a few are in memory at a time, whatever the model
-DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
-
-_LOOKAHEAD: Final = 3  # chunks being grown while one is written
 _SPARE_BYTES: Final = 2**20  # for config, index and record
 
 Progress = Callable[[int], None]
@@ -54,28 +45,6 @@ class Expansion:
     @property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards.values())
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as `5GB` (powers of ten), `512MiB` (powers of two) or a plain number of bytes.
-
-    Raises:
-        RecipeError: it is not one, or is less than a byte.
-    """
-    found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*(?:([KMGT])(i?)B?|B)?\s*", text, re.IGNORECASE)
-    if found:
-        number, prefix, binary = found.groups()
-        power = " KMGT".index(prefix.upper()) if prefix else 0
-        num_bytes = int(float(number) * (1024 if binary else 1000) ** power)
-        if num_bytes >= 1:
-            return num_bytes
-    raise RecipeError(f"max-shard-size: expected a size such as 5GB, 500MB or 2GiB, got {text!r}")
-
-
-def layout_of(plan: GrowthPlan, max_shard_bytes: int) -> tuple[ShardLayout, ...]:
-    """The files that a plan will write, byte for byte but for the weights."""
-    targets = [TargetTensor(tensor.name, tensor.source.dtype, tensor.shape) for tensor in plan.tensors]
-    return plan_shards(targets, max_shard_bytes, plan.header.metadata)
 
 
 def expand(plan: GrowthPlan, target: Path, *, max_shard_bytes: int, progress: Progress | None = None) -> Expansion:
@@ -99,7 +68,8 @@ def expand(plan: GrowthPlan, target: Path, *, max_shard_bytes: int, progress: Pr
     with staged(target) as partial, ThreadPoolExecutor(1, "gdagrow-hash-source") as hasher:
         beside = sum((source / name).stat().st_size for name in list_companions(source).copied)
         check_free_space(target.parent, sum(layout.file_bytes for layout in layouts) + beside + _SPARE_BYTES)
-        read = hasher.submit(_digests, source, plan.header.shards)
+        stop = Event()
+        read = hasher.submit(_digests, source, plan.header.shards, stop)
         try:
             companions = copy_companions(source, partial)
             written = _write_weights(plan, layouts, partial, progress)
@@ -108,9 +78,8 @@ def expand(plan: GrowthPlan, target: Path, *, max_shard_bytes: int, progress: Pr
             _write_json(partial / RECORD_FILE, record)
             if len(layouts) > 1:
                 _write(partial / INDEX_FILE, index_json(layouts))
-        except BaseException:
-            read.cancel()
-            raise
+        finally:
+            stop.set()
     return Expansion(target, written, companions)
 
 
@@ -155,10 +124,9 @@ class _Grower:
         self._reader = reader
         self._noise = noise
         # Each worker is one thread; torch's own threads would only get in its way.
-        workers = min(_LOOKAHEAD, len(os.sched_getaffinity(0)))
-        self._workers = ThreadPoolExecutor(workers, "gdagrow-grow", torch.set_num_threads, (1,))
+        self._workers = ThreadPoolExecutor(num_workers(), "gdagrow-grow", torch.set_num_threads, (1,))
         self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for _ in range(_LOOKAHEAD + 1):
+        for _ in range(LOOKAHEAD + 1):
             self._free.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
 
     def __enter__(self) -> "_Grower":
@@ -172,7 +140,7 @@ class _Grower:
         jobs = (job for tensor in tensors for job in _jobs(tensor))
         ahead: deque[Future[tuple[memoryview, Tensor]]] = deque()
         while True:
-            ahead.extend(self._workers.submit(self._grow, job) for job in islice(jobs, _LOOKAHEAD - len(ahead)))
+            ahead.extend(self._workers.submit(self._grow, job) for job in islice(jobs, LOOKAHEAD - len(ahead)))
             if not ahead:
                 break
             chunk, buffer = ahead.popleft().result()
@@ -208,12 +176,15 @@ def _jobs(tensor: TensorPlan) -> Iterator[_Job]:
             yield _Job(tensor, max(cut, start), min(cut + rows, stop))
 
 
-def _digests(directory: Path, names: Sequence[str]) -> dict[str, FileDigest]:
-    digests = {}
+def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, FileDigest]:
+    digests, block = {}, bytearray(2**20)
     for name in names:
-        with (directory / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-            digests[name] = FileDigest(file.tell(), digest.hexdigest())
+        digest, num_bytes = hashlib.sha256(), 0
+        with (directory / name).open("rb", buffering=0) as file:
+            while (count := file.readinto(block)) and not stop.is_set():
+                digest.update(memoryview(block)[:count])
+                num_bytes += count
+        digests[name] = FileDigest(num_bytes, digest.hexdigest())
     return digests
 
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from gdagrow.axes import AxisMaps, IndexMap, Notation
 
+# Weights to a block: its random words, and every temporary of its arithmetic, stay in the cache of one core.
+BLOCK_WEIGHTS = 1 << 16
+
 
 @dataclass(frozen=True)
 class TensorGrowth:
@@ -43,3 +46,8 @@ class TensorGrowth:
     @property
     def columns(self) -> IndexMap:
         return self.dims[-1]
+
+
+def block_rows(growth: TensorGrowth) -> int:
+    """Source rows to a block, the unit in which random words are drawn."""
+    return max(1, BLOCK_WEIGHTS // growth.columns.old_size)

@@ -1,6 +1,7 @@
 """What a user asks for: a growth of every axis, how copies are told apart, what becomes of tied embeddings."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,11 +34,20 @@ def _signal(value: Any) -> int | Ratio:
     if isinstance(value, Ratio):
         return value
     if isinstance(value, str) and ":" in value:
-        found = re.fullmatch(r"0*([1-9]\d*):1", value)
-        if not found:
-            raise ValueError(f"expected a target ratio R:1 with a whole R of 1 or more, such as 4:1, got {value!r}")
-        return Ratio(int(found.group(1)))
+        return parse_ratio(value)
     return _factor(value)
+
+
+def parse_ratio(text: str) -> Ratio:
+    """Read a target ratio such as `4:1`.
+
+    Raises:
+        RecipeError: it is not one.
+    """
+    found = re.fullmatch(r"0*([1-9]\d{0,5}):1", text)
+    if not found:
+        raise RecipeError(f"expected a target ratio R:1 with a whole R of 1 or more, such as 4:1, got {text!r}")
+    return Ratio(int(found.group(1)))
 
 
 Factor = Annotated[int, BeforeValidator(_factor)]
@@ -112,12 +122,13 @@ class Recipe(BaseModel):
                 for key in sorted(self.model_fields_set) if (value := getattr(self, key)) is not None}  # fmt: skip
 
 
-def make_recipe(values: dict[str, Any], origin: str = "growth") -> Recipe:
+def make_recipe(values: dict[str, Any], origin: str = "growth", flags: Mapping[str, str] | None = None) -> Recipe:
     """Validate a growth.
 
     Args:
         values: The fields of `Recipe`.
         origin: Where they come from, for the error: a file name, or "growth" for command-line flags.
+        flags: The fields that come from a flag instead, and the flag, which the error then names.
 
     Raises:
         RecipeError: every field that is wrong, in one sentence.
@@ -125,11 +136,15 @@ def make_recipe(values: dict[str, Any], origin: str = "growth") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{origin}: " + "; ".join(_told(item) for item in error.errors())) from None
+        flags = flags or {}
+        by_flag = [item for item in error.errors() if item["loc"] and item["loc"][0] in flags]
+        others = [_told(item) for item in error.errors() if item not in by_flag]
+        told = [_told(item, flags[str(item["loc"][0])]) for item in by_flag]
+        raise RecipeError("; ".join(told + [f"{origin}: " + "; ".join(others)] * bool(others))) from None
 
 
-def _told(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+def _told(item: Any, where: str = "") -> str:
+    where = where or ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"unknown key {where!r}, expected one of {', '.join(Recipe.model_fields)}"
     message = item["msg"].removeprefix("Value error, ")

@@ -14,9 +14,6 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-# Weights to a block: its random words, and every temporary of its arithmetic, stay in the cache of one core.
-BLOCK_WEIGHTS = 1 << 16
-
 
 @dataclass(frozen=True)
 class _Grid:
@@ -76,26 +73,34 @@ def split(weight: Tensor, parts: Sequence[Tensor], *, words: Sequence[Tensor] = 
 
     Source: growth-math 3.6 and 3.7.
     """
-    equal = _equal_parts(weight, len(parts))
-    if equal is None:
+    copies = len(parts)
+    if copies & (copies - 1):
         _split_on_the_grid(weight, parts, words, amplitude)
-    elif not words:
+        return
+    equal = weight * (1.0 / copies)
+    lost = torch.sub(weight, equal, alpha=copies)
+    if _all_zero(lost):
+        _split_equally(equal, parts, words, amplitude)
+        return
+    # Subnormals that lose bits when halved, and what is not finite, need the grid; the parts of the other weights
+    # must not depend on what stands beside them.
+    _split_on_the_grid(weight, parts, words, amplitude)
+    alone = [torch.empty_like(part) for part in parts]
+    _split_equally(equal, alone, words, amplitude)
+    for part, value in zip(parts, alone, strict=True):
+        part.copy_(torch.where(lost == 0, value, part))
+
+
+def _split_equally(equal: Tensor, parts: Sequence[Tensor], words: Sequence[Tensor], amplitude: float) -> None:
+    if not words:
         for part in parts:
             part.copy_(equal)
-    else:
-        grid = _GRIDS[weight.dtype]
-        exact = equal.to(torch.promote_types(weight.dtype, torch.float32))
-        unit = _signed_unit(exact, grid, spare_bits=0)
-        for part, offset in zip(parts, _zero_sum(exact / unit, words, amplitude, grid), strict=True):
-            part.copy_(offset.mul_(unit).add_(exact))
-
-
-def _equal_parts(weight: Tensor, copies: int) -> Tensor | None:
-    """`weight / copies` where that is exact everywhere: a power of two, and no subnormal that loses bits by it."""
-    if copies & (copies - 1):
-        return None
-    part = weight * (1.0 / copies)
-    return part if _all_zero(torch.sub(weight, part, alpha=copies)) else None
+        return
+    grid = _GRIDS[equal.dtype]
+    exact = equal.to(torch.promote_types(equal.dtype, torch.float32))
+    unit = _signed_unit(exact, grid, spare_bits=0)
+    for part, offset in zip(parts, _zero_sum(exact / unit, words, amplitude, grid), strict=True):
+        part.copy_(offset.mul_(unit).add_(exact))
 
 
 def _split_on_the_grid(weight: Tensor, parts: Sequence[Tensor], words: Sequence[Tensor], amplitude: float) -> None:
@@ -143,8 +148,9 @@ def _zero_sum(share: Tensor, words: Sequence[Tensor], amplitude: float, grid: _G
     largest_share = 2**grid.significant_bits - 1  # one below the largest part, for the unit that the rest adds
     if len(words) == 1:
         draw = _draw(words[0], size * (amplitude * sqrt(3.0)), largest_share - size).to(share.dtype)
-        yield draw.clone()
-        yield draw.neg_()
+        # Sums, because a bare draw or its negative may be -0.0, which would take the sign of a weight of -0.0 away.
+        yield draw + 0
+        yield 0 - draw
     elif words:
         reach, room = size * (amplitude * sqrt(1.5)), (largest_share - size).mul_(0.5).floor_()
         draws = [_draw(word, reach, room).to(share.dtype) for word in words]

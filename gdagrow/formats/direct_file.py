@@ -1,17 +1,13 @@
 """A new file written front to back, past the page cache where the file system lets it.
 
-Measured on ext4, blocks of 8 MiB written directly reach the disk twice as fast as through the page cache and cost a
-third of the processor time, which growing and hashing need (docs/benchmarks.md).
+Measured on ext4, blocks of 8 MiB written directly reach the disk faster than through the page cache and cost less
+processor time, which growing and hashing need.
 """
 
 import errno
 import fcntl
 import os
 from pathlib import Path
-from typing import Final
-
-# Direct writes begin and end at multiples of the disk's block, in the file and in memory.
-ALIGNMENT: Final = 4096
 
 
 class DirectFile:
@@ -28,16 +24,14 @@ class DirectFile:
                 raise
 
     def write(self, block: memoryview) -> None:
-        """Append bytes that lie at a multiple of `ALIGNMENT` in memory."""
+        """Append bytes that begin at a page of memory; all but the last block must be whole pages to go directly."""
         while block:
-            if self._direct and len(block) % ALIGNMENT:
-                self._set_direct(False)
             try:
                 block = block[os.write(self._file, block) :]
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
-                # Some file systems take the flag and then refuse the write.
+                # The end of the file does not fill a disk block; and some file systems refuse all direct writes.
                 self._set_direct(False)
 
     def sync(self) -> None:

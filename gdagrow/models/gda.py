@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gdagrow.errors import CheckpointError
+from gdagrow.formats.safetensors_header import SINGLE_FILE, read_header
+from gdagrow.formats.safetensors_reader import TORCH_DTYPES, TensorReader
+from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
 from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaBlock, GdaMlp, Projection, RmsNorm, at_least_float32
 
@@ -19,9 +21,6 @@ __all__ = [
     "GdaAttention", "GdaBlock", "GdaConfig", "GdaMlp", "GdaModel", "GdaOutput",
     "init_weights", "load_model", "save_model",
 ]  # fmt: skip
-
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 class GdaOutput(NamedTuple):
@@ -108,7 +107,7 @@ def save_model(model: GdaModel, directory: str | Path, config: Mapping[str, Any]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
 
 
 def load_model(directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> GdaModel:
@@ -123,80 +122,29 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, device: 
         CheckpointError: a file is missing or broken, or the tensors are not those of the config; all names that are
             missing, unexpected, of another shape or not floating point are listed.
     """
-    directory = Path(directory)
-    config = GdaConfig.from_dict(_read_json(directory / "config.json"))
-    stored = _locate(directory)
-    projections = {name.split(".")[-2] for name in stored if name.endswith("_proj.bias")}
+    header = read_header(Path(directory))
+    projections = {name.split(".")[-2] for name in header.tensors if name.endswith("_proj.bias")}
     with torch.device("meta"):
-        model = GdaModel(config, bias=projections & PROJECTIONS)
-    _check_fit(directory, model, stored)
-    for shard in sorted({entry.shard for entry in stored.values()}):
-        with safe_open(directory / shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safe_open file is not iterable
-                # A copy, because what safe_open returns is mapped memory that changes when the file does.
-                tensor = file.get_tensor(name).to(device, dtype, copy=True)
-                module, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+        model = GdaModel(GdaConfig.from_dict(header.config), bias=projections & PROJECTIONS)
+    _check_fit(header, model)
+    with TensorReader(header) as reader:
+        for name in header.tensors:
+            # A copy, because what the reader returns is mapped memory that changes when the file does.
+            tensor = reader.tensor(name).to(device, dtype, copy=True)
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
     return model
 
 
-class _Stored(NamedTuple):
-    shard: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); give a complete checkpoint.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
-    return content
-
-
-def _locate(directory: Path) -> dict[str, _Stored]:
-    """Every stored tensor by name, as the shards have it; the index must agree with them."""
-    if (directory / WEIGHTS_FILE).exists() or not (directory / INDEX_FILE).exists():
-        return dict(_contents(directory, WEIGHTS_FILE))
-    index_path = directory / INDEX_FILE
-    index = _read_json(index_path).get("weight_map")
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{index_path} has no weight_map, so no tensor can be found.")
-    shards = sorted(set(map(str, index.values())))
-    # A shard named elsewhere ("../x", "/x") would make a downloaded index read any file of the machine.
-    outside = [shard for shard in shards if shard in ("", ".", "..") or "/" in shard or "\\" in shard]
-    if outside:
-        names = ", ".join(map(repr, outside))
-        raise CheckpointError(f"{index_path} names {names}, expected plain names of files beside it.")
-    contents = [item for shard in shards for item in _contents(directory, shard)]
-    listed = {(name, str(shard)) for name, shard in index.items()}
-    wrong = sorted({name for name, _ in {(name, entry.shard) for name, entry in contents} ^ listed})
-    if wrong:
-        raise CheckpointError(f"{index_path} disagrees with its shards about where to find {', '.join(wrong)}.")
-    return dict(contents)
-
-
-def _contents(directory: Path, shard: str) -> list[tuple[str, _Stored]]:
-    path = directory / shard
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118
-            return [(name, _Stored(shard, tuple(part.get_shape()), part.get_dtype())) for name, part in slices]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors ({error}); give a complete checkpoint.") from None
-
-
-def _check_fit(directory: Path, model: GdaModel, stored: Mapping[str, _Stored]) -> None:
+def _check_fit(header: Header, model: GdaModel) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in stored]
-    for name, entry in stored.items():
+    problems = [f"{name} is missing" for name in expected if name not in header.tensors]
+    for name, info in header.tensors.items():
         if name not in expected:
             problems.append(f"{name} is unexpected")
-        elif entry.shape != expected[name]:
-            problems.append(f"{name} has shape {list(entry.shape)}, expected {list(expected[name])}")
-        elif not entry.dtype.startswith(("F", "BF")):
-            problems.append(f"{name} is {entry.dtype}, expected floating point")
+        elif info.shape != expected[name]:
+            problems.append(f"{name} has shape {list(info.shape)}, expected {list(expected[name])}")
+        elif info.dtype not in TORCH_DTYPES:
+            problems.append(f"{name} is {info.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
     if problems:
-        raise CheckpointError(f"{directory}: the weights are not those of config.json: {'; '.join(problems)}.")
+        raise CheckpointError(f"{header.directory}: the weights are not those of config.json: {'; '.join(problems)}")

@@ -7,7 +7,6 @@ standard library of the running Python, the tokens are bytes, the result is a di
 import argparse
 import json
 import os
-import shutil
 import sys
 import sysconfig
 import time
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gdagrow.errors import GdagrowError, OutputError
+from gdagrow.formats.publish import staged
 from gdagrow.models.gda import GdaConfig, GdaModel, init_weights, load_model, save_model
 
 # Tests, tables and bundled documents: text unlike the rest, which a small model would only waste its minute on.
@@ -34,7 +34,7 @@ VALIDATION_EVERY = 20
 VALIDATION_WINDOWS = 256
 SEED = 0
 BATCH, POSITIONS = 4, 128
-PEAK_RATE, FINAL_RATE, WARMUP_STEPS = 3e-3, 3e-4, 30
+PEAK_RATE, FINAL_RATE, WARMUP_STEPS = 1e-3, 3e-4, 30
 WEIGHT_DECAY = 0.1
 
 CONFIG: dict[str, Any] = {
@@ -147,25 +147,16 @@ def train_with_progress(model: GdaModel, text: Tensor, seconds: float) -> int:
     return steps
 
 
-def publish(model: GdaModel, out_dir: Path) -> GdaModel:
-    """Write the checkpoint (bf16, lambdas in float32 as Motif keeps them) and return it as it is read back in float32.
-
-    Everything is written beside `out_dir` and renamed once it has been read back, so that no half checkpoint appears.
-    """
+def save(model: GdaModel, directory: Path) -> None:
+    """Write the checkpoint into `directory`, in bf16 but for the lambdas, which Motif keeps in float32."""
     for name, parameter in model.named_parameters():
         if ".lambda_" not in name:
             parameter.data = parameter.data.bfloat16()
-    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}")
     try:
-        save_model(model, temporary, CONFIG)
-        (temporary / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
-        saved = load_model(temporary, torch.float32)
-        temporary.replace(out_dir)
+        save_model(model, directory, CONFIG)
+        (directory / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{out_dir} cannot be written ({error}); give another directory.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return saved
+        raise OutputError(f"{directory} cannot be written ({error}); give another directory") from None
 
 
 def run(out_dir: Path, seconds: float) -> None:
@@ -174,16 +165,17 @@ def run(out_dir: Path, seconds: float) -> None:
     Raises:
         OutputError: `out_dir` is there already and not an empty directory, or cannot be written.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise OutputError(f"{out_dir} exists already and is not an empty directory; remove it or name another.")
-    training, validation = standard_library_text()
-    held_out = windows(validation, VALIDATION_WINDOWS, torch.Generator().manual_seed(SEED))
-    model = GdaModel(GdaConfig.from_dict(CONFIG))
-    init_weights(model, SEED)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{size:,} parameters, {len(training):,} bytes of Python to train on, {seconds:g} seconds")
-    steps = train_with_progress(model, training, seconds)
-    loss = validation_loss(publish(model, out_dir), held_out)
+    out_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with staged(out_dir.absolute()) as partial:
+        training, validation = standard_library_text()
+        held_out = windows(validation, VALIDATION_WINDOWS, torch.Generator().manual_seed(SEED))
+        model = GdaModel(GdaConfig.from_dict(CONFIG))
+        init_weights(model, SEED)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{size:,} parameters, {len(training):,} bytes of Python to train on, {seconds:g} seconds")
+        steps = train_with_progress(model, training, seconds)
+        save(model, partial)
+        loss = validation_loss(load_model(partial, torch.float32), held_out)
     print(f"{steps} steps of {BATCH * POSITIONS} tokens")
     print(f"validation loss {loss:.3f} nats/byte, bigram baseline {bigram_loss(training, held_out):.3f} nats/byte")
     print(f"wrote {out_dir}")
@@ -203,7 +195,7 @@ def main() -> int:
     try:
         run(arguments.out_dir, arguments.seconds)
     except GdagrowError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

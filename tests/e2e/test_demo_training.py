@@ -73,7 +73,8 @@ def test_an_existing_target_is_refused_before_training(tmp_path: Path, kind: str
     target.write_text("mine") if kind == "file" else (target / "sub").mkdir(parents=True)
     result = demo(str(target), "--seconds", "600")
     assert result.returncode == 2
-    assert result.stderr == f"{target} exists already and is not an empty directory; remove it or name another.\n"
+    reason = "exists and is not a directory" if kind == "file" else "exists and is not empty"
+    assert result.stderr == f"error: {target} {reason}; remove it or choose another output\n"
     assert result.stdout == ""
 
 

@@ -133,6 +133,22 @@ def test_a_target_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path) -> Non
     assert os.listdir(target) == ["x"]
 
 
+def test_everything_is_on_the_disk_before_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(file: int) -> None:
+        synced.append((os.fstat(file).st_ino, (tmp_path / "out").exists()))
+        real(file)
+
+    monkeypatch.setattr(publish.os, "fsync", fsync)
+    with staged(tmp_path / "out") as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "a").write_text("1")
+    parts = [tmp_path / "out", tmp_path / "out" / "deep", tmp_path / "out" / "deep" / "a"]
+    assert sorted(synced[:-1]) == sorted((part.stat().st_ino, False) for part in parts)
+    assert synced[-1] == (tmp_path.stat().st_ino, True)
+
+
 def test_a_disk_that_cannot_sync_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(file: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -152,7 +168,7 @@ def test_a_killed_process_leaves_no_target_and_the_next_one_cleans_up(tmp_path: 
     other = tmp_path / ".out2.gdagrow-partial-abcdef"
     other.mkdir()
     killed.kill()
-    killed.wait()
+    killed.communicate()
     assert sorted(os.listdir(tmp_path)) == sorted([stale.name, live.name, other.name])
     with staged(target) as partial:
         assert sorted(os.listdir(tmp_path)) == sorted([live.name, other.name, partial.name])

@@ -1,9 +1,11 @@
 import errno
+import hashlib
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,24 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert write_all(tmp_path / "parts") == expected
     assert len(calls) > 10
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_slow_disk_gets_the_bytes_that_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+
+    def write(file: int, data: memoryview) -> int:
+        time.sleep(0.05)
+        return real(file, data)
+
+    monkeypatch.setattr(direct_file.os, "write", write)
+    blocks = [bytes([i]) * BLOCK_BYTES for i in range(8)]
+    with ShardWriter(tmp_path / "s", layout(8 * BLOCK_BYTES)) as writer:
+        for block in blocks:
+            writer.write(memoryview(block))
+        digest = writer.close()
+    content = (tmp_path / "s").read_bytes()
+    assert content[-8 * BLOCK_BYTES :] == b"".join(blocks)
+    assert digest == hashlib.sha256(content).hexdigest()
 
 
 def test_file_systems_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

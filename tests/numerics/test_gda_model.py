@@ -131,12 +131,13 @@ def test_loss_is_the_cross_entropy_of_the_next_token() -> None:
 
 
 @pytest.mark.parametrize("act", ["poly_norm", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lower_precision_stays_near_float64(dtype: torch.dtype, act: str) -> None:
+@pytest.mark.parametrize(("dtype", "units"), [(torch.bfloat16, 10), (torch.float32, 30)], ids=["bf16", "float32"])
+def test_lower_precision_stays_near_float64(dtype: torch.dtype, units: int, act: str) -> None:
     """The same rounded weights in `dtype` and in float64: what differs is only the rounding of activations.
 
     A value is rounded about ten times on its way through one of the two layers, each time by at most eps / 2 of a value
-    of its own size: 2 * 10 * eps / 2. Norms, RoPE, lambda and the difference of the attentions are in float32.
+    of its own size: 2 * 10 * eps / 2. Beside bf16, norms, RoPE, lambda and the difference of the attentions are in
+    float32; in a float32 model they are no better than the rest, and the difference may be a third of its terms.
     """
     case = Case({**CONFIG, "hidden_act": act}, PROJECTIONS, batch=2, positions=17, seed=2)
     low = case.model().to(dtype)
@@ -145,7 +146,7 @@ def test_lower_precision_stays_near_float64(dtype: torch.dtype, act: str) -> Non
     output = low(case.ids(), case.ids())
     assert output.logits.dtype == dtype
     assert output.loss.dtype == torch.float32
-    assert relative_error(output.logits, high(case.ids()).logits) < 10 * torch.finfo(dtype).eps
+    assert relative_error(output.logits, high(case.ids()).logits) < units * torch.finfo(dtype).eps
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in low.parameters())
 

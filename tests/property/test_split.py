@@ -33,7 +33,8 @@ def random_bits(dtype: torch.dtype, num: int, seed: int) -> Tensor:
     drawn = torch.randint(limits.min, limits.max, (num,), dtype=integer, generator=generator).view(dtype)
     # Uniform bit patterns of float64 are hardly ever subnormal.
     subnormal = (torch.randint(0, 2 ** min(bits - 1, 52), (num // 20,), generator=generator) * smallest).to(dtype)
-    return torch.cat([torch.tensor(extremes).double().to(dtype), -torch.tensor(extremes).to(dtype), drawn, subnormal])
+    special = torch.tensor(extremes, dtype=torch.float64).to(dtype)
+    return torch.cat([special, -special, drawn, subnormal])
 
 
 def words_for(weight: Tensor, copies: int, seed: int) -> Tensor:
@@ -65,7 +66,8 @@ def unit_of(weight: Tensor, copies: int) -> Tensor:
     bits, smallest, _ = DTYPES[weight.dtype]
     values = weight.double().abs().tolist()
     spare = 2 ** (copies.bit_length() - 1)
-    return torch.tensor([max(max(ulp(v) * 2.0 ** (53 - bits), smallest) / spare, smallest) for v in values]).double()
+    units = [max(max(ulp(v) * 2.0 ** (53 - bits), smallest) / spare, smallest) for v in values]
+    return torch.tensor(units, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("amplitude", AMPLITUDES)
@@ -74,7 +76,7 @@ def unit_of(weight: Tensor, copies: int) -> Tensor:
 def test_parts_sum_to_the_weight(dtype: torch.dtype, copies: int, amplitude: float) -> None:
     weight = random_bits(dtype, 2_000 if dtype == torch.float64 else NUM_WEIGHTS, seed=copies)
     finite = weight.isfinite()
-    assert 0 < int((~finite).sum()) < len(weight) / 100 + 5 * sqrt(len(weight) / 20) + len(weight) / 25
+    assert 0 < int((~finite).sum()) < len(weight) / 10
     # Beside infinities and NaN in the same call, and without any.
     for values in (weight, weight[finite]):
         parts, known = split_in(values, copies, amplitude), values.isfinite()
@@ -195,15 +197,18 @@ def test_number_of_draws() -> None:
     assert [num_draws(copies) for copies in (1, 2, 3, 4, 7)] == [0, 1, 3, 4, 7]
 
 
-def test_shares_do_not_depend_on_what_stands_beside_them() -> None:
+@pytest.mark.parametrize("copies", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_share_depends_on_its_weight_and_words_alone(dtype: torch.dtype, copies: int) -> None:
     """Splitting a slice gives the slice of the split, whatever subnormal or infinite weights the rest holds."""
-    for dtype in DTYPES:
-        weight = random_bits(dtype, 4_000, seed=3)
-        for copies in (2, 3, 4):
-            words = words_for(weight, copies, seed=8)
-            whole = torch.empty((copies, len(weight)), dtype=dtype)
-            split(weight, whole.unbind(), words=words.unbind(), amplitude=0.01)
-            for at in (slice(0, 14), slice(28, 1000), slice(1000, None), slice(2000, 2001)):
-                part = torch.empty_like(whole[:, at])
-                split(weight[at], part.unbind(), words=words[:, at].unbind(), amplitude=0.01)
-                assert torch.equal(part.view(DTYPES[dtype][2]), whole[:, at].contiguous().view(DTYPES[dtype][2])), dtype
+    weight = random_bits(dtype, 4_000, seed=3)
+    words = words_for(weight, copies, seed=8)
+    whole = torch.empty((copies, len(weight)), dtype=dtype)
+    split(weight, whole.unbind(), words=words.unbind(), amplitude=0.01)
+    normal = (weight.abs() >= torch.finfo(dtype).smallest_normal * copies) & weight.isfinite()
+    for at in (slice(0, 14), slice(28, 1000), slice(2000, 2001), normal, ~normal):
+        part = torch.empty_like(whole[:, at])
+        split(weight[at], part.unbind(), words=words[:, at].unbind(), amplitude=0.01)
+        # A NaN stays one, its other bits are the processor's.
+        got, expected = (t.nan_to_num(nan=7.0, posinf=torch.inf, neginf=-torch.inf) for t in (part, whole[:, at]))
+        assert torch.equal(got.view(DTYPES[dtype][2]), expected.view(DTYPES[dtype][2]))

@@ -166,9 +166,7 @@ def test_unequal_shares_are_those_whose_gradients_would_be_wrong(grown: HeadGrow
     ]  # fmt: skip
     old_noise = [sum(gradient[g, j] for j in range(before.ratio)) for g in range(before.num_groups)]
     groups = range(before.num_groups)
-    old_kv = [
-        sum(old_noise[g] for g in groups if g // before.groups_per_kv == c) for c in range(before.num_kv_groups)
-    ]
+    old_kv = [sum(old_noise[g] for g in groups if g // before.groups_per_kv == c) for c in range(before.num_kv_groups)]
     noise_copies = after.num_groups // before.num_groups
     kv_copies = after.num_kv_groups // before.num_kv_groups
     wrong = set()

@@ -1,0 +1,107 @@
+"""`gdagrow expand`: its progress, and what it says when it is done."""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from gdagrow.costs import growth_figures
+from gdagrow.expand import Expansion
+from gdagrow.expand import expand as expand_checkpoint
+from gdagrow.formats.safetensors_header import read_header
+from gdagrow.plan import GrowthPlan, make_plan
+from gdagrow.recipe import Recipe
+from gdagrow.record import RECORD_FILE
+from gdagrow_cli.console import print_json, print_unbroken, printable, stderr_console, stdout_console
+from gdagrow_cli.plan_view import (
+    growth_text,
+    learning_rate_multipliers,
+    plan_as_dict,
+    print_companions,
+    print_hints,
+    print_section,
+)
+from gdagrow_cli.stopping import Stopped
+from gdagrow_cli.units import bytes_text, count_text
+
+
+def run_expand(
+    checkpoint: Path, out: Path | None, recipe: Recipe, max_shard_bytes: int, *, as_json: bool, quiet: bool
+) -> None:
+    """Grow a checkpoint and say what was written.
+
+    Raises:
+        GdagrowError: the checkpoint cannot be read or be grown so, or the output cannot be written.
+    """
+    plan = make_plan(read_header(checkpoint), recipe)
+    target = out or default_target(checkpoint, recipe)
+    start = time.monotonic()
+    with _progress(plan.num_bytes, shown=not as_json and not quiet) as advance:
+        expansion = _expand_or_stop(plan, target, max_shard_bytes, advance)
+    seconds = time.monotonic() - start
+    if as_json:
+        figures = growth_figures(plan, max_shard_bytes)
+        files = {name: {"bytes": digest.num_bytes, "sha256": digest.sha256}
+                 for name, digest in expansion.shards.items()}  # fmt: skip
+        plan_dict = plan_as_dict(plan, figures, expansion.companions)
+        print_json({"output": str(expansion.target), "seconds": seconds, "files": files, **plan_dict})
+    elif not quiet:
+        _print(stdout_console(), checkpoint, plan, expansion, seconds)
+
+
+def default_target(checkpoint: Path, recipe: Recipe) -> Path:
+    """`CKPT-<what was done>` beside the checkpoint, however its directory was written."""
+    source = Path(os.path.abspath(checkpoint))
+    return source.with_name(f"{source.name}-{recipe.label}")
+
+
+def _expand_or_stop(plan: GrowthPlan, target: Path, max_shard_bytes: int, advance: Callable[[int], None]) -> Expansion:
+    try:
+        return expand_checkpoint(plan, target, max_shard_bytes=max_shard_bytes, progress=advance)
+    except Stopped as stopped:
+        if (target / RECORD_FILE).exists():  # the output is put into place whole, so it came before the signal
+            raise Stopped(stopped.signum, f"{target} is there, whole") from None
+        raise
+
+
+@contextmanager
+def _progress(num_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield what takes the number of bytes written since its last call, and shows them on a terminal."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    columns = (TextColumn("growing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+        task = progress.add_task("", total=num_bytes)
+        yield lambda more: progress.advance(task, more)
+
+
+def _print(console: Console, checkpoint: Path, plan: GrowthPlan, expansion: Expansion, seconds: float) -> None:
+    before = sum(info.num_elements for info in plan.header.tensors.values())
+    after = sum(tensor.num_elements for tensor in plan.tensors)
+    files = f"{len(expansion.shards)} file{'s' * (len(expansion.shards) != 1)}"
+    print_unbroken(console, f"wrote {expansion.target}")
+    console.print(f"  {growth_text(plan)}")
+    console.print(f"  ratio {plan.before.heads.ratio}:1 to {plan.after.heads.ratio}:1, "
+                  f"{count_text(before)} to {count_text(after)} parameters")  # fmt: skip
+    rate = bytes_text(expansion.num_bytes / max(seconds, 1e-9))
+    console.print(f"  {bytes_text(expansion.num_bytes)} of weights in {files}, {seconds:.1f} s, {rate}/s")
+    print_companions(console, plan, expansion.companions)
+    print_hints(console, plan)
+    print_section(console, "Next")
+    print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)}")
+    if learning_rate_multipliers(plan):
+        record = printable(expansion.target / RECORD_FILE)
+        print_unbroken(console, f"  then train it, with the learning-rate multipliers in {record}")
+    else:
+        console.print("  then train it")
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,107 @@
+"""The growth flags of `plan` and `expand`: one table, how they are typed, and the recipe that they make."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from gdagrow.errors import RecipeError
+from gdagrow.heads import Ratio
+from gdagrow.recipe import DEFAULT_SNR_DB, Recipe, make_recipe, parse_ratio, read_recipe
+
+_GROWTH: Final = "Growth (--signal-x 2 may be written --signal-x2, and so for all)"
+_COPIES: Final = "How copies are told apart"
+
+
+def _factor(flag: str, text: str, *, hidden: bool = False) -> Any:
+    option = typer.Option(flag, metavar="N", help=text, rich_help_panel=_GROWTH, hidden=hidden, show_default=False)
+    return Annotated[str | None, option]
+
+
+def _text(flag: str, metavar: str, text: str, panel: str) -> Any:
+    return Annotated[str | None, typer.Option(flag, metavar=metavar, help=text, rich_help_panel=panel)]
+
+
+def _switch(flags: str, text: str, panel: str) -> Any:
+    return Annotated[bool | None, typer.Option(flags, metavar="", help=text, rich_help_panel=panel, show_default=False)]
+
+
+# Parameter of the command to its option.
+_FLAGS: Final[Mapping[str, Any]] = {
+    "signal": _factor("--signal-x", "Clone every signal head N times."),
+    "noise": _factor("--noise-x", "Clone every noise head N times, and so the query groups."),
+    "kv": _factor("--kv-x", "Clone every KV group N times."),
+    "hidden": _factor("--hidden-x", "Widen the residual stream N times."),
+    "ffn": _factor("--ffn-x", "Widen the FFN N times."),
+    "uniform": _factor("--uniform-x", "All five N times: the HyperCloning baseline; stands alone."),
+    "head_dim": _factor("--head-dim-x", "Cannot grow, and says why.", hidden=True),
+    "ratio": _text("--ratio", "R:1", "Clone signal heads up to R for each noise head, instead of --signal-x.", _GROWTH),
+    "recipe_file": _text("--recipe", "FILE", "Read the growth from a YAML file; flags override its fields.", _GROWTH),
+    "untie": _switch("--untie/--keep-tied", "What becomes of tied embeddings; by default they stay tied.", _GROWTH),
+    "exact_copies": _switch("--exact-copies", "Leave copies identical; they stay so for ever in training.", _COPIES),
+    "snr_db": _text("--snr-db", "DB", f"How far below the weights their noise lies; {DEFAULT_SNR_DB:g} if left out.", _COPIES),
+    "seed": _text("--seed", "N", "Seed of that noise; 0 if left out.", _COPIES),
+}  # fmt: skip
+
+# Fields of a recipe whose flag gives them as they are.
+_FIELDS: Final = {
+    **{axis: f"--{axis}-x" for axis in ("signal", "noise", "kv", "hidden", "ffn", "uniform")},
+    "head_dim": "--head-dim-x", "exact_copies": "--exact-copies", "snr_db": "--snr-db", "seed": "--seed",
+}  # fmt: skip
+
+_GLUED: Final = re.compile(r"(--(?:signal|noise|kv|hidden|ffn|uniform|head-dim)-x)([^=].*)", re.DOTALL)
+
+
+def spread(argv: Sequence[str]) -> list[str]:
+    """Rewrite `--signal-x2` to `--signal-x=2`, which an option parser knows; what follows `--` is left as it is."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [_GLUED.sub(r"\1=\2", word) for word in argv[:end]] + list(argv[end:])
+
+
+def takes_growth(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the growth flags in place of its parameter `recipe`, which gets the `Recipe` that they make."""
+    own = list(inspect.signature(command).parameters.values())
+    at = next(i for i, parameter in enumerate(own) if parameter.name == "recipe")
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _FLAGS.items()
+    ]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own[:at], *flags, *own[at + 1 :])]
+
+    def taking(**values: Any) -> None:
+        recipe = recipe_from({name: values.pop(name) for name in _FLAGS})
+        command(recipe=recipe, **values)
+
+    taking.__name__, taking.__doc__ = command.__name__, command.__doc__
+    taking.__annotations__ = {p.name: p.annotation for p in parameters}
+    taking.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return taking
+
+
+def recipe_from(typed: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of what was typed, over the fields of a recipe file if there is one.
+
+    Raises:
+        RecipeError: it is no growth, or the file is no recipe.
+    """
+    file = typed["recipe_file"]
+    values = read_recipe(Path(file)) if file is not None else {}
+    given = {field: flag for field, flag in _FIELDS.items() if typed[field] not in (None, False)}
+    values |= {field: typed[field] for field in given}
+    if typed["ratio"] is not None:
+        values["signal"] = _ratio(typed)
+    if typed["untie"] is not None:
+        values["embeddings"] = "untie" if typed["untie"] else "keep"
+    return make_recipe(values, "growth" if file is None else f"recipe {file}", given)
+
+
+def _ratio(typed: Mapping[str, Any]) -> Ratio:
+    if typed["signal"] is not None:
+        raise RecipeError("--ratio and --signal-x both say how many signal heads there shall be; give one of them")
+    try:
+        return parse_ratio(typed["ratio"])
+    except RecipeError as error:
+        raise RecipeError(f"--ratio: {error}") from None

@@ -1,0 +1,82 @@
+"""The heads of one layer as a picture: a row for each query group, its signal heads and its noise head last."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from rich.table import Table
+from rich.text import Text
+
+from gdagrow.heads import HeadGrowth, Heads
+
+SIGNAL: Final = "bold black on cyan"
+NOISE: Final = "bold white on magenta"
+
+# More groups, or signal heads in one, than these are drawn as the first few and the last.
+_MAX_GROUPS: Final = 16
+_MAX_SIGNAL_HEADS: Final = 12
+
+
+def draw_heads(heads: Heads) -> Table:
+    """Each query group with the KV group that serves it: `S` is a signal head, `N` the noise head."""
+    table = _table("query heads")
+    for group in _shown(heads.num_groups, _MAX_GROUPS):
+        if group is None:
+            table.add_row("", "", Text(f"... {heads.num_groups - _MAX_GROUPS} more groups alike", "dim"), "")
+            continue
+        first = group * (heads.ratio + 1)
+        cells = ["S"] * heads.ratio
+        table.add_row(*_place(heads, group), _cells(cells, "N"), f"{first}-{first + heads.ratio}")
+    return table
+
+
+def draw_growth(growth: HeadGrowth) -> Table:
+    """Each new query group and what it was cloned from: `S2` is signal head 2 of the old group named at the end."""
+    table = _table("cloned from")
+    for group in _shown(growth.after.num_groups, _MAX_GROUPS):
+        if group is None:
+            table.add_row("", "", Text(f"... {growth.after.num_groups - _MAX_GROUPS} more groups", "dim"), "")
+            continue
+        cells = [f"S{head}" for head in growth.signal[group]]
+        old = list(growth.group)[group]
+        table.add_row(*_place(growth.after, group), _cells(cells, "N"), f"group {old}")
+    return table
+
+
+def legend() -> Text:
+    """What the letters and colours mean."""
+    return Text.assemble(
+        (" S ", SIGNAL), " signal head   ", (" N ", NOISE), " noise head, subtracted from its whole group"
+    )
+
+
+def _table(last_column: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("KV group", justify="right", no_wrap=True)
+    table.add_column("query group", justify="right", no_wrap=True)
+    table.add_column("heads", no_wrap=True)
+    table.add_column(last_column, justify="right", no_wrap=True)
+    return table
+
+
+def _place(heads: Heads, group: int) -> tuple[str, str]:
+    """The KV group, named where its first query group stands, and the query group."""
+    first_of_kv = group % heads.groups_per_kv == 0
+    return str(group // heads.groups_per_kv) if first_of_kv else "", str(group)
+
+
+def _cells(signal: Sequence[str], noise: str) -> Text:
+    text = Text()
+    for i in _shown(len(signal), _MAX_SIGNAL_HEADS):
+        if i is None:
+            text.append(f"... {len(signal) - _MAX_SIGNAL_HEADS} more ", "dim")
+        else:
+            text.append(f" {signal[i]} ", SIGNAL)
+            text.append(" ")
+    return text.append(f" {noise} ", NOISE)
+
+
+def _shown(count: int, at_most: int) -> list[int | None]:
+    """The indices to draw; None stands for those left out, before the last."""
+    if count <= at_most:
+        return list(range(count))
+    return [*range(at_most - 1), None, count - 1]

@@ -1,0 +1,71 @@
+"""`gdagrow inspect`: what a checkpoint is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gdagrow.archs import architecture_of
+from gdagrow.costs import ModelFigures, checkpoint_figures
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.safetensors_header import read_header
+from gdagrow.header import Header
+from gdagrow.record import RECORD_FILE, read_record
+from gdagrow_cli.console import print_json, print_unbroken, stdout_console
+from gdagrow_cli.figures_view import HEADING, figures_table
+from gdagrow_cli.head_map import draw_heads, legend
+
+
+def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
+    """Print what a checkpoint is.
+
+    Raises:
+        CheckpointError: it cannot be read, or no table covers it.
+    """
+    header = read_header(checkpoint)
+    figures, growths = checkpoint_figures(header), [_growth(checkpoint, record) for record in read_record(checkpoint)]
+    name = architecture_of(header.config).name
+    if as_json:
+        print_json({"directory": str(checkpoint), "architecture": name, **figures.as_dict(), "grown": growths})
+    else:
+        _print(header, name, figures, growths)
+
+
+def _growth(checkpoint: Path, record: Any) -> dict[str, Any]:
+    """What a record says of one growth, in short."""
+    try:
+        noise = record["noise"]
+        return {
+            "source": record["source"]["name"], "factors": dict(record["factors"]), "recipe": dict(record["recipe"]),
+            "noise": noise and {"snr_db": float(noise["snr_db"]), "seed": int(noise["seed"])},
+            "gdagrow": record["versions"]["gdagrow"],
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{checkpoint / RECORD_FILE}: expected the record of a growth, got something else; restore or remove it"
+        ) from None
+
+
+def _print(header: Header, name: str, figures: ModelFigures, growths: list[dict[str, Any]]) -> None:
+    console, sizes = stdout_console(), figures.sizes
+    kind = "grouped differential attention" if sizes.heads.ratio > 1 else "differential attention"
+    print_unbroken(console, str(header.directory))
+    console.print(f"{name}: {kind}, {sizes.num_layers} layers, {'tied' if figures.tied else 'untied'} embeddings")
+    for growth in growths:
+        print_unbroken(console, _growth_sentence(growth))
+    console.print()
+    console.print("Heads of every layer", style=HEADING)
+    console.print(draw_heads(sizes.heads))
+    console.print(legend())
+    console.print()
+    console.print(figures_table({"": figures}))
+
+
+def _growth_sentence(growth: Mapping[str, Any]) -> str:
+    done = ", ".join(f"{axis} {_times(value)}" for axis, value in growth["factors"].items() if value != 1)
+    noise = growth["noise"]
+    copies = "exact copies" if noise is None else f"noise {noise['snr_db']:g} dB down, seed {noise['seed']}"
+    return f"grown from {growth['source']}: {done or 'untied'}; {copies} (gdagrow {growth['gdagrow']})"
+
+
+def _times(value: Any) -> str:
+    return f"to {value}" if isinstance(value, str) else f"x{value}"

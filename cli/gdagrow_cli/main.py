@@ -1,0 +1,192 @@
+"""The `gdagrow` command."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import gdagrow
+from gdagrow.errors import GdagrowError
+from gdagrow.layout import DEFAULT_MAX_SHARD_SIZE, parse_size
+from gdagrow.recipe import Recipe
+from gdagrow_cli.console import print_error
+from gdagrow_cli.growth_flags import spread, takes_growth
+from gdagrow_cli.stopping import Stopped, stop_by_exception
+
+EXIT_ERROR, EXIT_BUG, EXIT_BROKEN_PIPE = 2, 70, 141
+
+# What a parser of options raises for a command line that it does not understand.
+_UsageError = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    help="Grow (hyperclone) checkpoints of grouped differential attention models exactly, as a stream.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A directory with config.json and safetensors weights.")
+]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.", show_default=False)]
+
+
+class Dtype(StrEnum):
+    """Dtypes to compute logits in."""
+
+    float64 = "float64"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gdagrow {gdagrow.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    # Stands here for --help; `main` takes it out, wherever it was typed, before the command line is parsed.
+    debug: Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """Show what a checkpoint is: its heads, parameters and bytes, and what it was grown from."""
+    from gdagrow_cli.inspect_view import show_checkpoint
+
+    show_checkpoint(checkpoint, as_json=as_json)
+
+
+@app.command()
+@takes_growth
+def plan(checkpoint: Checkpoint, recipe: Recipe, as_json: AsJson = False) -> None:
+    """Show what a growth would make of a checkpoint; nothing is read but headers, nothing is written."""
+    from gdagrow_cli.plan_view import show_plan
+
+    show_plan(checkpoint, recipe, parse_size(DEFAULT_MAX_SHARD_SIZE), as_json=as_json)
+
+
+@app.command()
+@takes_growth
+def expand(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="The directory to make; by default CKPT-WHAT-WAS-DONE beside CKPT."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="The largest weight file, such as 5GB or 512MiB.")
+    ] = DEFAULT_MAX_SHARD_SIZE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Do as plan does.", show_default=False)
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.", show_default=False)
+    ] = False,
+) -> None:
+    """Grow a checkpoint into a new directory, which appears whole or not at all."""
+    from gdagrow_cli.plan_view import show_plan
+
+    if dry_run:
+        show_plan(checkpoint, recipe, parse_size(max_shard_size), as_json=as_json, quiet=quiet)
+        return
+    from gdagrow_cli.expand_view import run_expand
+
+    run_expand(checkpoint, out, recipe, parse_size(max_shard_size), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def diff(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint that was grown.")],
+    grown: Annotated[Path, typer.Argument(metavar="GROWN", help="What it was grown into.")],
+    seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sequences.")] = 4,
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each.")] = 128,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of random tokens; 0 if left out.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take the tokens of this text instead of random ones.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = Dtype.float64,
+    device: Annotated[str, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Compare the logits of two checkpoints on the same tokens.
+
+    Exit code: 0 the same function within rounding, 1 different, 2 could not compare.
+    """
+    from gdagrow_cli.diff_view import show_diff, tokens_for
+
+    tokens = tokens_for(source, text=text, seqs=seqs, length=length, seed=seed)
+    same = show_diff(source, grown, tokens, dtype=dtype.value, device=device, as_json=as_json)
+    raise typer.Exit(0 if same else 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: The words after `gdagrow`; those of this process if None.
+
+    Returns:
+        The exit code: 0, 1 if `diff` finds a difference, 2 for a user's mistake, 70 for a bug of ours, 130 and 143
+        after SIGINT and SIGTERM.
+    """
+    words = spread(sys.argv[1:] if argv is None else argv)
+    options_end = words.index("--") if "--" in words else len(words)
+    debug = "--debug" in words[:options_end]
+    words = [word for word in words[:options_end] if word != "--debug"] + words[options_end:]
+    try:
+        with stop_by_exception():
+            code = app(words or ["--help"], prog_name="gdagrow", standalone_mode=False)
+            sys.stdout.flush()
+            return int(code or 0)
+    except BrokenPipeError:
+        # The reader has gone; what Python still holds for it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Say in one sentence what went wrong; returns the exit code."""
+    if isinstance(error, Stopped):
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, GdagrowError):
+        print_error(str(error))
+        return EXIT_ERROR
+    if isinstance(error, _UsageError):
+        print_error(_usage_sentence(error))
+        return EXIT_ERROR
+    if isinstance(error, SystemExit):
+        raise error
+    print_error(f"a bug in gdagrow, {type(error).__name__}: {error}; run again with --debug and report what it prints")
+    return EXIT_BUG
+
+
+def _usage_sentence(error: BaseException) -> str:
+    told: str = error.format_message()  # type: ignore[attr-defined]
+    return f"{told[:1].lower()}{told[1:].rstrip('.')}; gdagrow --help and gdagrow COMMAND --help say what there is"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""`gdagrow plan`: what a growth would make of a checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gdagrow.costs import GrowthFigures, growth_figures
+from gdagrow.formats.publish import Companions, SkippedFile, list_companions
+from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
+from gdagrow.plan import GrowthPlan, TensorPlan, make_plan
+from gdagrow.recipe import Recipe
+from gdagrow.record import RECORD_FILE
+from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
+from gdagrow_cli.figures_view import HEADING, figures_table
+from gdagrow_cli.head_map import draw_growth, legend
+from gdagrow_cli.units import bytes_text
+
+_WRITTEN_ANEW: Final = ("config.json", RECORD_FILE, INDEX_FILE)
+
+
+def show_plan(checkpoint: Path, recipe: Recipe, max_shard_bytes: int, *, as_json: bool, quiet: bool = False) -> None:
+    """Plan a growth and print the plan.
+
+    Raises:
+        GdagrowError: the checkpoint cannot be read, or not be grown so.
+    """
+    plan = make_plan(read_header(checkpoint), recipe)
+    figures, companions = growth_figures(plan, max_shard_bytes), list_companions(checkpoint)
+    if as_json:
+        print_json(plan_as_dict(plan, figures, companions))
+    elif not quiet:
+        _print(stdout_console(), plan, figures, companions)
+
+
+def plan_as_dict(plan: GrowthPlan, figures: GrowthFigures, companions: Companions) -> dict[str, Any]:
+    """A plan without its index maps, for JSON."""
+    return {
+        "directory": str(plan.header.directory),
+        "architecture": plan.architecture.name,
+        "recipe": plan.recipe.as_dict(),
+        "factors": plan.factors,
+        **figures.as_dict(),
+        "shapes": {t.name: {"source": _shape(t)[0], "grown": _shape(t)[1]} for t in plan.tensors},
+        "lineage": plan.heads.lineage(),
+        "companions": {"copied": companions.copied, "left_behind": {s.path: s.reason for s in companions.skipped}},
+        "learning_rate_multipliers": learning_rate_multipliers(plan),
+        "hints": plan.hints,
+    }
+
+
+def learning_rate_multipliers(plan: GrowthPlan) -> dict[str, float]:
+    """The suggested multipliers that are not 1, by parameter."""
+    rows = {tensor.parameter: tensor.learning_rate_multiplier for tensor in plan.tensors}
+    return {parameter: multiplier for parameter, multiplier in rows.items() if multiplier != 1}
+
+
+def growth_text(plan: GrowthPlan) -> str:
+    """What is done, on one line: `signal x2, hidden x2; noise 40 dB down, seed 0`."""
+    done = [
+        f"{axis} to {value}" if isinstance(value, str) else f"{axis} x{value}"
+        for axis, value in plan.factors.items()
+        if value != 1
+    ]
+    if plan.tied_before:
+        done.append("embeddings stay tied" if plan.tied_after else "embeddings untied")
+    recipe = plan.recipe
+    copies = "exact copies" if recipe.exact_copies else f"noise {recipe.snr_db:g} dB down, seed {recipe.seed}"
+    return f"{', '.join(done)}; {copies}"
+
+
+def print_companions(console: Console, plan: GrowthPlan, companions: Companions) -> None:
+    """The files beside the weights that come along, and those that do not and why."""
+    own = {*plan.header.shards, *_WRITTEN_ANEW}
+    left_behind = [skip for skip in companions.skipped if skip.path not in own]
+    if not companions.copied and not left_behind:
+        return
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for path in companions.copied:
+        table.add_row(printable(path), "copied")
+    for skip in left_behind:
+        table.add_row(*_told(skip))
+    print_section(console, "Files beside the weights", table)
+
+
+def _told(skip: SkippedFile) -> tuple[str, Text]:
+    return printable(skip.path), Text.assemble(("left behind: ", "yellow"), skip.reason)
+
+
+def print_hints(console: Console, plan: GrowthPlan) -> None:
+    """What a user may want to know before going on."""
+    for hint in plan.hints:
+        console.print()
+        console.print(Text.assemble(("hint: ", "bold yellow"), hint))
+
+
+def print_section(console: Console, heading: str, *content: RenderableType) -> None:
+    """A heading after an empty line, and what belongs to it, indented."""
+    console.print()
+    console.print(heading, style=HEADING)
+    for part in content:
+        console.print(Padding(part, (0, 0, 0, 2), expand=False))
+
+
+def _print(console: Console, plan: GrowthPlan, figures: GrowthFigures, companions: Companions) -> None:
+    print_unbroken(console, str(plan.header.directory))
+    console.print(f"{plan.architecture.name}: {growth_text(plan)}")
+    console.print()
+    console.print(figures_table({"source": figures.source, "grown": figures.grown}))
+    print_section(console, "Heads of every layer of the grown model", draw_growth(plan.heads), legend())
+    print_section(console, "Shapes, and the learning rate suggested for split weights", _shapes_table(plan))
+    print_companions(console, plan, companions)
+    memory = f"about {bytes_text(figures.peak_memory_bytes)} beside Python and torch themselves"
+    print_section(console, "Memory to expand", memory)
+    print_hints(console, plan)
+
+
+def _shapes_table(plan: GrowthPlan) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", no_wrap=True)
+    table.add_column("source", justify="right", no_wrap=True)
+    table.add_column("grown", justify="right", no_wrap=True)
+    table.add_column("learning rate", justify="right", style="cyan", no_wrap=True)
+    for tensor, label in _labelled({t.parameter: t for t in plan.tensors}):
+        if tensor is None:
+            table.add_row(label)
+            continue
+        before, after = _shape(tensor)
+        rate = f"x{tensor.learning_rate_multiplier:.4g}" if tensor.learning_rate_multiplier != 1 else ""
+        table.add_row(label, _dims(before), _dims(after) if after != before else "=", rate)
+    return table
+
+
+def _labelled(rows: dict[str, TensorPlan]) -> Iterator[tuple[TensorPlan | None, str]]:
+    """Each parameter with its label; those of a layer stand under a line of their own, without the long prefix."""
+    last = ""
+    for parameter, tensor in rows.items():
+        prefix, layered, name = parameter.partition("{layer}.")
+        if layered and prefix != last:
+            yield None, f"{prefix}*"
+        last = prefix
+        yield tensor, f"  {name}" if layered else parameter
+
+
+def _shape(tensor: TensorPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tensor.source.shape, tensor.shape
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,73 +1,18 @@
 """Judged by strangers: the DiffLlama model of `transformers`, re-laid out as a 1:1 GDA model, gives the same logits."""
 
-from math import exp
-from typing import Any
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
+from gdagrow.expand import expand
+from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.gda import GdaConfig, GdaModel
-from gdagrow.models.layers import lambda_init
-
-transformers = pytest.importorskip("transformers")
-
-TOPOLOGIES = [
-    # hidden, ffn, layers, heads, kv heads, head_dim, tied
-    (32, 48, 1, 4, 4, 8, False),
-    (32, 40, 2, 8, 4, 4, True),
-    (20, 24, 3, 12, 2, 6, False),
-    (48, 16, 3, 12, 6, 4, True),
-    (16, 56, 2, 16, 4, 10, False),
-]
-
-
-def diffllama(sizes: tuple[int, int, int, int, int, int, bool], seed: int) -> Any:
-    """A random float64 DiffLlama with every parameter away from its initial value."""
-    hidden, ffn, layers, heads, kv_heads, head_dim, tied = sizes
-    config = transformers.DiffLlamaConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=40, tie_word_embeddings=tied, rms_norm_eps=1e-4,
-        attention_dropout=0.0, attn_implementation="sdpa", pad_token_id=None,
-    )  # fmt: skip
-    model = transformers.DiffLlamaForCausalLM(config).double().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            deviation = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.3
-            parameter.add_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * deviation)
-    return model
-
-
-def motif_config(config: Any) -> dict[str, Any]:
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "tie_word_embeddings")  # fmt: skip
-    copied = {key: getattr(config, key) for key in keys}
-    return {**copied, "rope_theta": config.rope_parameters["rope_theta"], "attn_rms_norm_eps": config.rms_norm_eps}
-
-
-def interleave_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Head `i` and head `i + num_heads / 2` become heads `2i` and `2i + 1`: signal with noise, or two value halves."""
-    return weight.view(2, -1, head_dim, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
-
-
-def as_motif(model: Any) -> dict[str, Tensor]:
-    """The state dict in Motif's layout. DiffLlama starts counting lambda_init one layer later; its sub-norm is bare."""
-    source = model.state_dict()
-    result = {name: tensor.clone() for name, tensor in source.items() if name != "lm_head.weight"}
-    if not model.config.tie_word_embeddings:
-        result["lm_head.weight"] = source["lm_head.weight"]
-    head_dim = model.config.head_dim
-    for layer in range(model.config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.self_attn."
-        for name in ("q_proj", "k_proj", "v_proj"):
-            result[f"{prefix}{name}.weight"] = interleave_halves(source[f"{prefix}{name}.weight"], head_dim)
-        theirs, ours = 0.8 - 0.6 * exp(-0.3 * layer), lambda_init(layer)
-        query, key = source[f"{prefix}lambda_q1"], source[f"{prefix}lambda_k1"]
-        wanted = torch.log((query @ key).exp() + theirs - ours)
-        result[f"{prefix}lambda_q1"] = query + (wanted - query @ key) * key / (key @ key)
-        result[f"{prefix}subln.weight"] = torch.full((2 * head_dim,), (1 - theirs) / (1 - ours), dtype=torch.float64)
-    return result
+from gdagrow.plan import make_plan
+from gdagrow.recipe import make_recipe
+from tests.diffllama import TOPOLOGIES, as_diffllama, as_motif, diffllama, motif_config
 
 
 @pytest.mark.parametrize("sizes", TOPOLOGIES, ids=str)
@@ -87,3 +32,36 @@ def test_logits_are_those_of_transformers(sizes: tuple[int, int, int, int, int, 
         expected, got = theirs(ids).logits, ours(ids).logits
     assert expected.dtype == got.dtype == torch.float64
     assert float((got - expected).abs().max() / expected.abs().max()) < 20 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("sizes", TOPOLOGIES, ids=str)
+@pytest.mark.parametrize(
+    "growth",
+    [
+        {"uniform": 2},
+        {"uniform": 3},
+        {"hidden": 2, "ffn": 3},
+        {"signal": 2, "noise": 2},
+        {"signal": 4, "noise": 4, "kv": 2},
+    ],
+    ids=str,
+)
+def test_transformers_sees_the_same_function_after_growth(
+    tmp_path: Path, sizes: tuple[int, int, int, int, int, int, bool], growth: dict[str, int]
+) -> None:
+    """Source and grown model both run in `transformers`; each errs as `test_logits_are_those_of_transformers` says."""
+    source = diffllama(sizes, seed=1)
+    (tmp_path / "source").mkdir()
+    config = {**motif_config(source.config), "model_type": "motif"}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in as_motif(source).items()}
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    plan = make_plan(read_header(tmp_path / "source"), make_recipe(growth))
+    expand(plan, tmp_path / "grown", max_shard_bytes=10**9)
+    grown_config = json.loads((tmp_path / "grown" / "config.json").read_text())
+    grown = as_diffllama(load_file(tmp_path / "grown" / "model.safetensors"), grown_config, source)
+    assert sum(p.numel() for p in grown.parameters()) > sum(p.numel() for p in source.parameters())
+    ids = torch.randint(40, (2, 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, got = source(ids).logits, grown(ids).logits
+    assert float((got - expected).abs().max() / expected.abs().max()) < 2 * 20 * torch.finfo(torch.float32).eps

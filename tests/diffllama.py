@@ -1,0 +1,96 @@
+"""The DiffLlama models of `transformers`, which nobody here wrote, to and from Motif's layout at the ratio 1:1."""
+
+from math import exp
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from gdagrow.models.layers import lambda_init
+
+TOPOLOGIES = [
+    # hidden, ffn, layers, heads, kv heads, head_dim, tied
+    (32, 48, 1, 4, 4, 8, False),
+    (32, 40, 2, 8, 4, 4, True),
+    (20, 24, 3, 12, 2, 6, False),
+    (48, 16, 3, 12, 6, 4, True),
+    (16, 56, 2, 16, 4, 10, False),
+]
+
+
+def diffllama(sizes: tuple[int, int, int, int, int, int, bool], seed: int) -> Any:
+    """A random float64 DiffLlama with every parameter away from its initial value."""
+    hidden, ffn, layers, heads, kv_heads, head_dim, tied = sizes
+    config = transformers.DiffLlamaConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=40, tie_word_embeddings=tied, rms_norm_eps=1e-4,
+        attention_dropout=0.0, attn_implementation="sdpa", pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.DiffLlamaForCausalLM(config).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            deviation = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.3
+            parameter.add_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * deviation)
+    return model
+
+
+def motif_config(config: Any) -> dict[str, Any]:
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "vocab_size", "rms_norm_eps", "hidden_act", "tie_word_embeddings")  # fmt: skip
+    copied = {key: getattr(config, key) for key in keys}
+    return {**copied, "rope_theta": config.rope_parameters["rope_theta"], "attn_rms_norm_eps": config.rms_norm_eps}
+
+
+def interleave_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Head `i` and head `i + num_heads / 2` become heads `2i` and `2i + 1`: signal with noise, or two value halves."""
+    return weight.view(2, -1, head_dim, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+
+
+def as_motif(model: Any) -> dict[str, Tensor]:
+    """The state dict in Motif's layout. DiffLlama starts counting lambda_init one layer later; its sub-norm is bare."""
+    source = model.state_dict()
+    result = {name: tensor.clone() for name, tensor in source.items() if name != "lm_head.weight"}
+    if not model.config.tie_word_embeddings:
+        result["lm_head.weight"] = source["lm_head.weight"]
+    head_dim = model.config.head_dim
+    for layer in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn."
+        for name in ("q_proj", "k_proj", "v_proj"):
+            result[f"{prefix}{name}.weight"] = interleave_halves(source[f"{prefix}{name}.weight"], head_dim)
+        theirs, ours = 0.8 - 0.6 * exp(-0.3 * layer), lambda_init(layer)
+        query, key = source[f"{prefix}lambda_q1"], source[f"{prefix}lambda_k1"]
+        wanted = torch.log((query @ key).exp() + theirs - ours)
+        result[f"{prefix}lambda_q1"] = query + (wanted - query @ key) * key / (key @ key)
+        result[f"{prefix}subln.weight"] = torch.full((2 * head_dim,), (1 - theirs) / (1 - ours), dtype=torch.float64)
+    return result
+
+
+def split_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `interleave_halves`."""
+    return weight.view(-1, 2, head_dim, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+
+
+def as_diffllama(tensors: dict[str, Tensor], config: dict[str, Any], original: Any) -> Any:
+    """A DiffLlama from tensors grown from `as_motif(original)`, whose lambdas and sub-norms they must still have."""
+    grown = transformers.DiffLlamaConfig(**{**original.config.to_dict(), **{
+        key: config[key] for key in
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    }})  # fmt: skip
+    model = transformers.DiffLlamaForCausalLM(grown).double().eval()
+    source, motif = original.state_dict(), as_motif(original)
+    state = dict(tensors)
+    for name, tensor in tensors.items():
+        if ".lambda_" in name or ".subln." in name:
+            assert torch.equal(tensor, motif[name]), name
+        if ".lambda_" in name:
+            state[name] = source[name]
+        elif ".subln." in name:
+            del state[name]
+        elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+            state[name] = split_halves(tensor, grown.head_dim)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= ({"lm_head.weight"} if grown.tie_word_embeddings else set()), missing
+    assert not unexpected
+    return model

@@ -11,7 +11,7 @@ TEXT = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('std
 # Two torch threads collapse when cores are contended, unless idle ones sleep.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m typer gdagrow_cli.main utils docs --name gdagrow --output docs/cli.md
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from gdagrow.archs import architecture_of
 from gdagrow.errors import CompareError
@@ -19,11 +19,8 @@ from gdagrow.verify.tokens import random_tokens, text_tokens
 from gdagrow_cli.console import print_json, stderr_console, stdout_console
 from gdagrow_cli.plan_view import print_section
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def tokens_for(source: Path, *, text: Path | None, seqs: int, length: int, seed: int | None) -> "Tensor":
+def tokens_for(source: Path, *, text: Path | None, seqs: int, length: int, seed: int | None) -> Tensor:
     """The tokens to compare on: those of a text, or random ones over the source's vocabulary.
 
     Raises:
@@ -39,12 +36,13 @@ def tokens_for(source: Path, *, text: Path | None, seqs: int, length: int, seed:
     return random_tokens(vocab, seqs=seqs, length=length, seed=seed or 0)
 
 
-def show_diff(source: Path, grown: Path, tokens: "Tensor", *, dtype: str, device: str, as_json: bool) -> bool:
+def show_diff(source: Path, grown: Path, tokens: Tensor, *, dtype: str, device: str, as_json: bool) -> bool:
     """Compare two checkpoints and print how they differ; returns whether they are the same function.
 
     Raises:
         GdagrowError: they cannot be compared.
     """
+    _require_device(device)
     with _status(shown=not as_json) as tell:
         comparison = compare(source, grown, tokens, dtype=getattr(torch, dtype), device=device, progress=tell)
     if as_json:
@@ -52,6 +50,14 @@ def show_diff(source: Path, grown: Path, tokens: "Tensor", *, dtype: str, device
     else:
         _print(stdout_console(), comparison)
     return comparison.equivalent
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CompareError(f"--device {device}: cannot be used here ({reason}); cpu always can") from None
 
 
 @contextmanager

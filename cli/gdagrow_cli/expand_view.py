@@ -88,8 +88,8 @@ def _print(console: Console, checkpoint: Path, plan: GrowthPlan, expansion: Expa
     files = f"{len(expansion.shards)} file{'s' * (len(expansion.shards) != 1)}"
     print_unbroken(console, f"wrote {expansion.target}")
     console.print(f"  {growth_text(plan)}")
-    console.print(f"  ratio {plan.before.heads.ratio}:1 to {plan.after.heads.ratio}:1, "
-                  f"{count_text(before)} to {count_text(after)} parameters")  # fmt: skip
+    ratios = dict.fromkeys((f"{plan.before.heads.ratio}:1", f"{plan.after.heads.ratio}:1"))
+    console.print(f"  ratio {' to '.join(ratios)}, {count_text(before)} to {count_text(after)} parameters")
     rate = bytes_text(expansion.num_bytes / max(seconds, 1e-9))
     console.print(f"  {bytes_text(expansion.num_bytes)} of weights in {files}, {seconds:.1f} s, {rate}/s")
     print_companions(console, plan, expansion.companions)

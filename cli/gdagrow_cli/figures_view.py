@@ -54,7 +54,7 @@ def _sections(models: list[ModelFigures]) -> Iterator[tuple[str, list[_Row]]]:
     yield "Widths", [_numbers(models, label, number, "{:,}".format) for label, number in _WIDTHS]
     parts = [part for part in PARTS if any(part in m.parameters for m in models)]
     yield "Parameters", [
-        *(_numbers(models, part, lambda m, part=part: m.parameters.get(part, 0), count_text) for part in parts),
+        *(_numbers(models, part, _of_part(part), count_text) for part in parts),
         _numbers(models, "in all", lambda m: m.num_parameters, count_text),
     ]  # fmt: skip
     yield (
@@ -74,6 +74,10 @@ def _sections(models: list[ModelFigures]) -> Iterator[tuple[str, list[_Row]]]:
             _texts(models, "tensor-parallel degrees", lambda m: " ".join(map(str, m.tensor_parallel_degrees))),
         ],
     )
+
+
+def _of_part(part: str) -> Number:
+    return lambda m: m.parameters.get(part, 0)
 
 
 def _numbers(models: list[ModelFigures], label: str, number: Number, text: Callable[[int], str]) -> _Row:

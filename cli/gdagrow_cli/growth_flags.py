@@ -42,7 +42,7 @@ _FLAGS: Final[Mapping[str, Any]] = {
     "recipe_file": _text("--recipe", "FILE", "Read the growth from a YAML file; flags override its fields.", _GROWTH),
     "untie": _switch("--untie/--keep-tied", "What becomes of tied embeddings; by default they stay tied.", _GROWTH),
     "exact_copies": _switch("--exact-copies", "Leave copies identical; they stay so for ever in training.", _COPIES),
-    "snr_db": _text("--snr-db", "DB", f"How far below the weights their noise lies; {DEFAULT_SNR_DB:g} if left out.", _COPIES),
+    "snr_db": _text("--snr-db", "DB", f"How far noise lies below weights; {DEFAULT_SNR_DB:g} if left out.", _COPIES),
     "seed": _text("--seed", "N", "Seed of that noise; 0 if left out.", _COPIES),
 }  # fmt: skip
 

@@ -118,7 +118,9 @@ def diff(
     grown: Annotated[Path, typer.Argument(metavar="GROWN", help="What it was grown into.")],
     seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sequences.")] = 4,
     length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each.")] = 128,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of random tokens; 0 if left out.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of random tokens; 0 if left out.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take the tokens of this text instead of random ones.")
     ] = None,

@@ -1,0 +1,59 @@
+"""What the documents show is true: every command in them runs, the CLI page is the CLI's own, links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+
+
+def commands(page: Path) -> list[str]:
+    """The lines after `$` in the page's console blocks."""
+    blocks = re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def shown(page: Path) -> list[list[str]]:
+    return [shlex.split(line) for line in commands(page) if line.startswith("gdagrow ") and "[" not in line]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if shown(page)], ids=lambda page: page.name)
+def test_every_gdagrow_command_of_a_page_runs_in_order(page: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "demo" / "source", vocab=256, groups=2, kv_groups=2)
+    write_checkpoint(tmp_path / "Motif-2.6B", plain=True, ratio=1, groups=2, hidden=32, tied=True)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "text.txt").write_text("the words to compare two models on " * 20)
+    for command in shown(page):
+        result = subprocess.run(
+            [sys.executable, "-m", "gdagrow_cli.main", *command[1:]], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{shlex.join(command)}: {result.stderr}"
+
+
+def test_the_readme_names_the_two_commands_that_the_makefile_has() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert {line for line in commands(ROOT / "README.md") if line.startswith("make ")} == {"make demo", "make test"}
+    for target in ("demo", "test"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_cli_page_is_generated() -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "typer", "gdagrow_cli.main", "utils", "docs", "--name", "gdagrow"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    page = (ROOT / "docs" / "cli.md").read_text()
+    assert page.strip() == made.stdout.strip(), "docs/cli.md is not what --help says; run: make docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []

@@ -47,6 +47,8 @@ def parse_ratio(text: str) -> Ratio:
     found = re.fullmatch(r"0*([1-9]\d{0,5}):1", text)
     if not found:
         raise RecipeError(f"expected a target ratio R:1 with a whole R of 1 or more, such as 4:1, got {text!r}")
+    if int(found.group(1)) > MAX_FACTOR:
+        raise RecipeError(f"expected a target ratio of at most {MAX_FACTOR}:1, got {text!r}")
     return Ratio(int(found.group(1)))
 
 
@@ -106,9 +108,7 @@ class Recipe(BaseModel):
     @property
     def label(self) -> str:
         """A short name of the growth, for the default output directory: `signal-x2`, `ratio-4to1-hidden-x2`."""
-        if self.uniform != 1:
-            return f"uniform-x{self.uniform}"
-        parts = []
+        parts = [f"uniform-x{self.uniform}"] * (self.uniform != 1)
         if isinstance(self.signal, Ratio):
             parts.append(f"ratio-{self.signal.signal}to1")
         elif self.signal != 1:

@@ -11,12 +11,13 @@ from gdagrow.heads import HeadGrowth, Heads
 SIGNAL: Final = "bold black on cyan"
 NOISE: Final = "bold white on magenta"
 
-# More groups, or signal heads in one, than these are drawn as the first few and the last.
+# More groups than these are drawn as the first few and the last; so are more signal heads than fit the width.
 _MAX_GROUPS: Final = 16
-_MAX_SIGNAL_HEADS: Final = 12
+_WIDTH_OF_THE_REST: Final = 42  # the other columns and the noise head
+_WIDTH_OF_LEFT_OUT: Final = 14
 
 
-def draw_heads(heads: Heads) -> Table:
+def draw_heads(heads: Heads, width: int) -> Table:
     """Each query group with the KV group that serves it: `S` is a signal head, `N` the noise head."""
     table = _table("query heads")
     for group in _shown(heads.num_groups, _MAX_GROUPS):
@@ -25,11 +26,11 @@ def draw_heads(heads: Heads) -> Table:
             continue
         first = group * (heads.ratio + 1)
         cells = ["S"] * heads.ratio
-        table.add_row(*_place(heads, group), _cells(cells, "N"), f"{first}-{first + heads.ratio}")
+        table.add_row(*_place(heads, group), _cells(cells, width), f"{first}-{first + heads.ratio}")
     return table
 
 
-def draw_growth(growth: HeadGrowth) -> Table:
+def draw_growth(growth: HeadGrowth, width: int) -> Table:
     """Each new query group and what it was cloned from: `S2` is signal head 2 of the old group named at the end."""
     table = _table("cloned from")
     for group in _shown(growth.after.num_groups, _MAX_GROUPS):
@@ -38,7 +39,7 @@ def draw_growth(growth: HeadGrowth) -> Table:
             continue
         cells = [f"S{head}" for head in growth.signal[group]]
         old = list(growth.group)[group]
-        table.add_row(*_place(growth.after, group), _cells(cells, "N"), f"group {old}")
+        table.add_row(*_place(growth.after, group), _cells(cells, width), f"group {old}")
     return table
 
 
@@ -64,15 +65,16 @@ def _place(heads: Heads, group: int) -> tuple[str, str]:
     return str(group // heads.groups_per_kv) if first_of_kv else "", str(group)
 
 
-def _cells(signal: Sequence[str], noise: str) -> Text:
-    text = Text()
-    for i in _shown(len(signal), _MAX_SIGNAL_HEADS):
+def _cells(signal: Sequence[str], width: int) -> Text:
+    text, room, cell = Text(), width - _WIDTH_OF_THE_REST, max(map(len, signal)) + 3
+    at_most = len(signal) if len(signal) * cell <= room else max(2, (room - _WIDTH_OF_LEFT_OUT) // cell)
+    for i in _shown(len(signal), at_most):
         if i is None:
-            text.append(f"... {len(signal) - _MAX_SIGNAL_HEADS} more ", "dim")
+            text.append(f"... {len(signal) - at_most} more ", "dim")
         else:
             text.append(f" {signal[i]} ", SIGNAL)
             text.append(" ")
-    return text.append(f" {noise} ", NOISE)
+    return text.append(" N ", NOISE)
 
 
 def _shown(count: int, at_most: int) -> list[int | None]:

@@ -54,7 +54,7 @@ def _print(header: Header, name: str, figures: ModelFigures, growths: list[dict[
         print_unbroken(console, _growth_sentence(growth))
     console.print()
     console.print("Heads of every layer", style=HEADING)
-    console.print(draw_heads(sizes.heads))
+    console.print(draw_heads(sizes.heads, console.width))
     console.print(legend())
     console.print()
     console.print(figures_table({"": figures}))

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -153,13 +154,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options_end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:options_end]
     words = [word for word in words[:options_end] if word != "--debug"] + words[options_end:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no error
     try:
         with stop_by_exception():
             code = app(words or ["--help"], prog_name="gdagrow", standalone_mode=False)
             sys.stdout.flush()
             return int(code or 0)
-    except BrokenPipeError:
-        # The reader has gone; what Python still holds for it goes nowhere.
+    except (BrokenPipeError, SystemExit):
+        # The reader has gone, which typer and rich turn into an exit; what Python still holds for it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except BaseException as error:
@@ -179,8 +183,6 @@ def _report(error: BaseException) -> int:
     if isinstance(error, _UsageError):
         print_error(_usage_sentence(error))
         return EXIT_ERROR
-    if isinstance(error, SystemExit):
-        raise error
     print_error(f"a bug in gdagrow, {type(error).__name__}: {error}; run again with --debug and report what it prints")
     return EXIT_BUG
 

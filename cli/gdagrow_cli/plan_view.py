@@ -113,7 +113,7 @@ def _print(console: Console, plan: GrowthPlan, figures: GrowthFigures, companion
     console.print(f"{plan.architecture.name}: {growth_text(plan)}")
     console.print()
     console.print(figures_table({"source": figures.source, "grown": figures.grown}))
-    print_section(console, "Heads of every layer of the grown model", draw_growth(plan.heads), legend())
+    print_section(console, "Heads of every layer of the grown model", draw_growth(plan.heads, console.width), legend())
     print_section(console, "Shapes, and the learning rate suggested for split weights", _shapes_table(plan))
     print_companions(console, plan, companions)
     memory = f"about {bytes_text(figures.peak_memory_bytes)} beside Python and torch themselves"

@@ -50,9 +50,7 @@ REFUSED_GROWTHS = {
 }  # fmt: skip
 
 
-def require_refusal(
-    capsys: pytest.CaptureFixture[str], root: Path, sentence: str, *words: object
-) -> None:
+def require_refusal(capsys: pytest.CaptureFixture[str], root: Path, sentence: str, *words: object) -> None:
     """Run a command that must say one sentence and leave everything under `root` as it is."""
     before = listing(root)
     outcome = call(capsys, *words)
@@ -221,7 +219,10 @@ def test_a_refusal_in_a_process_of_its_own(tmp_path: Path) -> None:
         outcome = run("expand", tmp_path / "model", *flags)
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
         assert listing(tmp_path) == before
-    after, global_ = run("plan", tmp_path / "model", "--noise-x2", "--debug"), run("--debug", "plan", tmp_path, "--kv-x2")
+    after, global_ = (
+        run("plan", tmp_path / "model", "--noise-x2", "--debug"),
+        run("--debug", "plan", tmp_path, "--kv-x2"),
+    )
     for outcome in (after, global_):
         assert outcome.code == 2
         assert "Traceback (most recent call last)" in outcome.err

@@ -84,7 +84,15 @@ def report(work: Path, options: argparse.Namespace) -> None:
     out_bytes = 0
     for _ in range(options.runs):
         for arm, flags in (("exact", ["--exact-copies"]), ("noise", [])):
-            command = [sys.executable, "-m", "gdagrow_cli.main", "expand", str(work / "source"), str(work / "out"), "--quiet"]
+            command = [
+                sys.executable,
+                "-m",
+                "gdagrow_cli.main",
+                "expand",
+                str(work / "source"),
+                str(work / "out"),
+                "--quiet",
+            ]
             runs[arm].append(timed(command + shlex.split(options.growth) + flags))
             out_bytes = sum(file.stat().st_size for file in (work / "out").glob("*.safetensors"))
             shutil.rmtree(work / "out")

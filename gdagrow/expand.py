@@ -189,7 +189,9 @@ def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, Fi
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A name that is no UTF-8 has half surrogate pairs in it, whose escapes in Python and in JSON are the same.
+    _write(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _write(path: Path, content: bytes) -> None:

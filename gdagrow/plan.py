@@ -101,10 +101,16 @@ class GrowthPlan:
         return tuple(hints)
 
     def _back_in_range(self) -> str:
-        ratio, noise = self.after.heads.ratio, self.after.heads.num_groups // self.before.heads.num_groups
-        for more in range(2, ratio + 1):
-            if ratio % more == 0 and ratio // more <= LARGEST_SUPPORTED_RATIO:
-                return f"; noise x{noise * more} as well would make it {ratio // more}:1"
+        before, after = self.before.heads, self.after.heads
+        noise = after.num_groups // before.num_groups
+        signal, uneven = divmod(after.num_signal_heads, before.num_signal_heads)
+        for more in range(2, after.ratio + 1):
+            if after.ratio % more == 0 and after.ratio // more <= LARGEST_SUPPORTED_RATIO:
+                if isinstance(self.recipe.signal, int) and self.recipe.uniform == 1:
+                    return f"; noise x{noise * more} as well would make it {after.ratio // more}:1"
+                # Neither a target ratio nor a uniform factor gives way to a noise factor beside it.
+                factors = f"signal x{signal}, noise x{noise * more}"
+                return "" if uneven else f"; the factors {factors} would make it {after.ratio // more}:1"
         return ""
 
 

@@ -159,7 +159,8 @@ class _Figures:
         self.apart = _larger(self.apart, (clean - other).abs().max())
         self.disturbed = _larger(self.disturbed, (clean - disturbed).abs().max())
         log_p, log_q = clean.log_softmax(-1), other.log_softmax(-1)
-        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        # Rounding may take a divergence of nothing below zero.
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp_(min=0).sum())
         self.agreed += float((clean.argmax(-1) == other.argmax(-1)).sum())
         self.count += len(clean)
 

@@ -82,7 +82,7 @@ def test_plan_tells_the_files_that_expand_writes(tmp_path: Path, capsys: pytest.
     words = tmp_path / "model", "--uniform-x3", "--untie", "--max-shard-size", "40kB"
     told = json.loads(call(capsys, "expand", *words, "--dry-run", "--json").out)
     call(capsys, "expand", *words)
-    grown = tmp_path / "model-uniform-x3"
+    grown = tmp_path / "model-uniform-x3-untied"
     assert told["grown"]["files"] == {p.name: p.stat().st_size for p in grown.glob("*.safetensors")}
     again = json.loads(call(capsys, "inspect", grown, "--json").out)
     assert {key: again[key] for key in told["grown"]} == told["grown"]

@@ -74,8 +74,7 @@ def test_our_own_bug_is_no_refusal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path / "model")
-    monkeypatch.setattr("gdagrow.costs.checkpoint_figures", lambda _: 1 // 0)
-    monkeypatch.delitem(sys.modules, "gdagrow_cli.inspect_view", raising=False)
+    monkeypatch.setattr("gdagrow_cli.inspect_view.checkpoint_figures", lambda _: 1 // 0)
     outcome = call(capsys, "inspect", tmp_path / "model")
     assert outcome.code == 70
     assert outcome.err.startswith("error: a bug in gdagrow, ZeroDivisionError")

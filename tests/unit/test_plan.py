@@ -1,0 +1,258 @@
+"""Plans from headers made in memory: grown configs, multipliers, lost moments, hints, and what does not fit."""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdagrow.archs.motif import Motif
+from gdagrow.errors import CheckpointError, PlanError
+from gdagrow.header import ITEM_BYTES, Header, TensorInfo
+from gdagrow.plan import GrowthPlan, make_plan
+from gdagrow.recipe import make_recipe, read_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ATTENTION = "model.layers.{layer}.self_attn."
+
+# As published: no num_noise_heads and no head_dim, which are half of the heads and hidden / heads.
+MOTIF_2_6B: dict[str, Any] = {
+    "model_type": "Motif", "hidden_size": 2048, "num_hidden_layers": 32, "intermediate_size": 8192,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 219520, "tie_word_embeddings": True,
+    "rope_theta": 500000.0, "max_position_embeddings": 16384, "hidden_act": "poly_norm", "rms_norm_eps": 1e-6,
+    "auto_map": {"AutoModelForCausalLM": "modeling_motif.MotifForCausalLM"}, "torch_dtype": "bfloat16",
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "model_type": "motif", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+    "num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 61,
+    "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e4, "x_note": [1, None],
+}  # fmt: skip
+
+
+def header(config: dict[str, Any], dtype: str = "BF16", **replaced: TensorInfo | None) -> Header:
+    """The header of a complete checkpoint without biases; `replaced` by name, None to leave a tensor out."""
+    motif, tensors = Motif(), {}
+    sizes = motif.sizes(config)
+    for parameter in (p for p in motif.table(config) if not p.optional):
+        for layer in range(sizes.num_layers if parameter.is_layered else 1):
+            name = parameter.name.format(layer=layer)
+            stored = "F32" if "lambda_" in name else dtype
+            tensors[name] = info(name, parameter.parsed.shape(sizes.axes), stored)
+    tensors |= {name: tensor for name, tensor in replaced.items() if tensor}
+    return Header(Path("source"), config, {n: t for n, t in tensors.items() if replaced.get(n, t)}, {})
+
+
+def info(name: str, shape: tuple[int, ...], dtype: str = "BF16") -> TensorInfo:
+    return TensorInfo(name, dtype, shape, "model.safetensors", 0, prod(shape) * ITEM_BYTES[dtype])
+
+
+def planned(recipe: dict[str, Any], **changes: Any) -> GrowthPlan:
+    return make_plan(header(SMALL | changes), make_recipe(recipe))
+
+
+def parameters(plan: GrowthPlan, prefix: str = "") -> int:
+    return sum(tensor.num_elements for tensor in plan.tensors if tensor.name.startswith(prefix))
+
+
+def test_motif_2_6b_grows_to_the_width_of_motif_2_12_7b() -> None:
+    source = header(MOTIF_2_6B)
+    # Motif-2.6B has 2.597 B parameters: each layer four projections of 2048 * 2048, three of 8192 * 2048, four lambdas
+    # of 128, a sub-norm of 256, PolyNorm's 3 + 1 and two norms.
+    layer = 4 * 2048 * 2048 + 3 * 8192 * 2048 + 4 * 128 + 256 + 4 + 2 * 2048
+    assert sum(t.num_elements for t in source.tensors.values()) == 32 * layer + 219520 * 2048 + 2048 == 2_597_218_432
+
+    values = read_recipe(RECIPES / "motif-2.6b-to-12.7b-width.yaml")
+    plan = make_plan(source, make_recipe(values))
+    changed = {key: value for key, value in plan.config.items() if MOTIF_2_6B.get(key) != value}
+    # Motif-2-12.7B: 40 query heads, 8 of them noise, 16 kv heads, 4096, 16384, not tied.
+    assert changed == {
+        "hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 40, "num_noise_heads": 8,
+        "head_dim": 128, "tie_word_embeddings": False,
+    }  # fmt: skip
+    assert plan.config["num_key_value_heads"] == 16
+    assert list(MOTIF_2_6B) == list(plan.config)[: len(MOTIF_2_6B)]
+
+    # Motif-2-12.7B's layer by the published layout: q [40*128, 4096], k and v [16*128, 4096], o [4096, 2*32*128], ...
+    layer = (40 * 128 + 2 * 16 * 128 + 2 * 32 * 128) * 4096 + 3 * 16384 * 4096 + 4 * 128 + 256 + 4 + 2 * 4096
+    assert parameters(plan, "model.layers.0.") == parameters(plan, "model.layers.31.") == layer == 272_638_724
+    assert parameters(plan) == 32 * layer + 2 * 219520 * 4096 + 4096
+    # With its 40 layers that is the published 12.704 B.
+    assert 40 * layer + 2 * 219520 * 4096 + 4096 == 12_703_860_896
+    assert plan.num_bytes == 2 * parameters(plan) + 2 * 32 * 4 * 128, "bf16, lambdas in float32"
+
+
+def test_uniform_growth_of_a_plain_source_stays_plain() -> None:
+    plan = make_plan(header(MOTIF_2_6B), make_recipe({"uniform": 2}))
+    changed = {key: value for key, value in plan.config.items() if MOTIF_2_6B.get(key) != value}
+    assert changed == {
+        "hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32, "num_key_value_heads": 32,
+    }  # fmt: skip
+    assert plan.after.heads.ratio == 1
+    # Every matrix of a layer grows fourfold.
+    layer = 4 * (4 * 2048 * 2048 + 3 * 8192 * 2048) + 4 * 128 + 256 + 4 + 2 * 4096
+    assert parameters(plan) == 32 * layer + 219520 * 4096 + 4096
+    assert plan.tied_after
+    assert plan.hints == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "explicit"),
+    [
+        ({"signal": 2}, {"num_noise_heads": 8, "head_dim": 128, "num_attention_heads": 24}),
+        ({"hidden": 2}, {"head_dim": 128, "hidden_size": 4096}),
+        ({"ffn": 2}, {"intermediate_size": 16384}),
+        ({"signal": 2, "noise": 2, "kv": 2}, {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 32}),
+    ],
+    ids=str,
+)
+def test_plain_configs_say_what_their_defaults_no_longer_do(recipe: dict[str, Any], explicit: dict[str, int]) -> None:
+    plan = make_plan(header(MOTIF_2_6B), make_recipe(recipe))
+    assert {key: value for key, value in plan.config.items() if MOTIF_2_6B.get(key) != value} == explicit
+    assert Motif().sizes(plan.config) == plan.after
+
+
+@pytest.mark.parametrize("model_type", ["Motif", "motif", "MOTIF"])
+def test_only_grown_keys_change(model_type: str) -> None:
+    plan = planned({"signal": "4:1", "ffn": 2}, model_type=model_type)
+    assert plan.config == SMALL | {
+        "model_type": model_type, "intermediate_size": 96, "num_attention_heads": 10, "num_noise_heads": 2,
+    }  # fmt: skip
+    assert list(plan.config) == list(SMALL)
+    assert plan.factors == {"signal": "4:1", "noise": 1, "kv": 1, "hidden": 1, "ffn": 2}
+
+
+def test_learning_rate_multipliers() -> None:
+    plan = planned({"signal": 3, "hidden": 2, "ffn": 5}, tie_word_embeddings=True)
+    suggested = {t.name.removeprefix("model.layers.1."): t.learning_rate_multiplier for t in plan.tensors}
+    assert {name: rate for name, rate in suggested.items() if not name.startswith("model.layers.0.") and rate != 1} == {
+        "self_attn.q_proj.weight": 1 / 2, "self_attn.k_proj.weight": 1 / 2, "self_attn.v_proj.weight": 1 / 2,
+        "self_attn.o_proj.weight": 1 / 3, "mlp.gate_proj.weight": 1 / 2, "mlp.up_proj.weight": 1 / 2,
+        "mlp.down_proj.weight": 1 / 5, "model.norm.weight": 1 / 2,
+    }  # fmt: skip
+    # A third of the heads cloned once: on average a column is 3/4 of what it was.
+    uneven = planned({"signal": "4:1"})
+    assert {t.learning_rate_multiplier for t in uneven.tensors if "o_proj" in t.name} == {3 / 4}
+
+
+GROUP, KV = ("copies along group serve unequal shares of what they served",
+             "copies along kv serve unequal shares of what they served")  # fmt: skip
+UNTIED = {
+    "model.embed_tokens.weight": "its tied gradient was that of two parameters",
+    "lm_head.weight": "it is new: the source's head was tied to the embedding",
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lost"),
+    [
+        ({"signal": "5:1", "hidden": 3}, {}),
+        ({"uniform": 2}, {}),
+        ({"signal": "4:1", "noise": 3}, {}),
+        ({"signal": 2, "noise": 3}, {"q_proj": GROUP}),
+        ({"noise": 3}, {"q_proj": GROUP}),
+        ({"kv": 2}, {"k_proj": KV, "v_proj": KV}),
+        ({"noise": 3, "kv": 3}, {"q_proj": GROUP, "k_proj": KV, "v_proj": KV}),
+        ({"embeddings": "untie"}, UNTIED),
+        ({"kv": 2, "embeddings": "untie"}, {"k_proj": KV, "v_proj": KV, **UNTIED}),
+    ],
+    ids=str,
+)
+def test_moments_lost(recipe: dict[str, Any], lost: dict[str, str]) -> None:
+    named = {f"{ATTENTION}{n}.weight" if n.endswith("_proj") else n: text for n, text in lost.items()}
+    plan = planned(recipe, tie_word_embeddings="untie" in recipe.values())
+    assert {t.parameter: t.moments_lost for t in plan.tensors if t.moments_lost} == named
+    told = "; ".join(f"{name}: {text}" for name, text in sorted(named.items()))
+    assert plan.hints == ((f"optimizer moments cannot be carried exactly for {told}",) if named else ())
+
+
+def test_noise_is_for_split_weights_only() -> None:
+    exact = planned({"hidden": 2, "exact_copies": True})
+    assert exact.hints == ("exact copies see identical gradients and stay identical for ever in training",)
+    assert not any(tensor.noisy for tensor in exact.tensors)
+    plan = planned({"ffn": 2, "signal": "4:1", "hidden": 1}, tie_word_embeddings=True)
+    assert {t.name.split(".", 3)[-1] for t in plan.tensors if t.noisy} == {
+        "self_attn.o_proj.weight", "mlp.down_proj.weight",
+    }  # fmt: skip
+    # The norm of a tied head carries the split without noise.
+    assert not {t.name for t in planned({"hidden": 2}, tie_word_embeddings=True).tensors if t.noisy} & {
+        "model.norm.weight", "model.embed_tokens.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "way_back"),
+    [
+        ({"signal": 2}, "; noise x2 as well would make it 3:1"),
+        ({"signal": 3}, "; noise x3 as well would make it 3:1"),
+        ({"signal": 4, "noise": 2}, "; noise x4 as well would make it 3:1"),
+        ({"signal": 5}, "; noise x3 as well would make it 5:1"),
+        ({"signal": "6:1"}, "; the factors signal x2, noise x2 would make it 3:1"),
+        ({"signal": "6:1", "noise": 2}, "; the factors signal x4, noise x4 would make it 3:1"),
+        ({"signal": "7:1"}, ""),
+    ],
+    ids=str,
+)
+def test_hint_of_a_ratio_beyond_the_paper(recipe: dict[str, Any], way_back: str) -> None:
+    plan = planned(recipe)
+    ratio = plan.after.heads.ratio
+    expected = (
+        f"the ratio {ratio}:1 is above 5:1, where the paper saw quality decline (3:1 to 4:1 train best){way_back}"
+    )
+    assert plan.hints == (expected,)
+    if way_back:
+        # What the hint proposes is a growth, and does what the hint says.
+        factors = {word.split(" ")[0]: int(word.split(" x")[1].split(" ")[0])
+                   for word in way_back.removeprefix("; ").removeprefix("the factors ").split(", ")}  # fmt: skip
+        back = planned(recipe | factors).after.heads
+        assert f"{back.ratio}:1" in way_back
+        assert back.num_signal_heads == plan.after.heads.num_signal_heads
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"signal": "3:1"}, "nothing would grow: the source already has the ratio 3:1"),
+        (
+            {"ffn": 2, "embeddings": "untie"},
+            "embeddings untie: the source's head and embedding are not tied; leave it out",
+        ),
+        (
+            {"ffn": 2, "embeddings": "keep"},
+            "embeddings keep: the source's head and embedding are not tied; leave it out",
+        ),
+    ],
+)
+def test_refusals(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError) as error:
+        planned(recipe)
+    assert str(error.value) == message
+
+
+def test_every_tensor_that_does_not_fit_is_named_in_one_error() -> None:
+    q, k, gate, bias = (f"model.layers.{end}" for end in (
+        "0.self_attn.q_proj.weight", "1.self_attn.k_proj.weight", "1.mlp.gate_proj.weight", "0.mlp.up_proj.bias",
+    ))  # fmt: skip
+    broken = header(SMALL, **{
+        "model.norm.weight": None, q: info(q, (64, 31)), k: info(k, (16, 32), "I32"), "extra.weight": info("extra", (1,)),
+        gate: info(gate, (48, 31), "F8_E4M3"), bias: info(bias, (48,)),
+    })  # fmt: skip
+    with pytest.raises(CheckpointError) as error:
+        make_plan(broken, make_recipe({"signal": 2}))
+    assert str(error.value) == "source: 7 tensors do not fit the motif table at the sizes in config.json: " + "; ".join([
+        "missing model.layers.1.mlp.up_proj.bias",
+        "missing model.norm.weight",
+        "unknown extra.weight",
+        f"{q} has shape [64, 31], expected [64, 32] ((group (signal + 1) head_dim) <- hidden)",
+        f"{k} is stored as I32, expected one of F64, F32, BF16, F16",
+        f"{gate} has shape [48, 31], expected [48, 32] (ffn <- hidden)",
+        f"{gate} is stored as F8_E4M3, expected one of F64, F32, BF16, F16",
+    ])  # fmt: skip
+
+
+def test_a_model_type_without_a_table() -> None:
+    for model_type, shown in (("llama", "'llama'"), (None, "None"), (3, "3")):
+        with pytest.raises(CheckpointError) as error:
+            make_plan(Header(Path("source"), SMALL | {"model_type": model_type}, {}, {}), make_recipe({"signal": 2}))
+        assert str(error.value) == (
+            f"config.json: model_type {shown} has no table; gdagrow knows motif (docs/limits.md says what a table needs)"
+        )

@@ -113,11 +113,10 @@ def report(work: Path, options: argparse.Namespace) -> None:
             "ratio_to_dd": [round(ratio, 2) for ratio in ratios],
             "rss_anon_above_torch_mib": None if arm == "dd" else round(above),
         }
+        rate, seconds = statistics.median(figures["arms"][arm]["gb_per_s"]), statistics.median(run.cpu for run in done)
+        told = f"{statistics.median(ratios):.2f} of dd ({min(ratios):.2f}-{max(ratios):.2f})"
         memory = "" if arm == "dd" else f", RssAnon {above:.0f} MiB above torch"
-        print(
-            f"{arm:6} {statistics.median(figures['arms'][arm]['gb_per_s']):.2f} GB/s, {statistics.median(ratios):.2f} of dd "
-            f"({min(ratios):.2f}-{max(ratios):.2f}), {statistics.median(run.cpu for run in done):.1f} CPU s{memory}"
-        )
+        print(f"{arm:6} {rate:.2f} GB/s, {told}, {seconds:.1f} CPU s{memory}")
     print(json.dumps(figures))
 
 

@@ -61,13 +61,13 @@ def expand(plan: GrowthPlan, target: Path, *, max_shard_bytes: int, progress: Pr
         CheckpointError: the source cannot be read or changes meanwhile.
     """
     source = plan.header.directory
-    target = Path(os.path.abspath(target))
-    _require_apart(source, target)
+    place = Path(os.path.abspath(target))
+    _require_apart(source, place)
     layouts = layout_of(plan, max_shard_bytes)
     history = read_record(source)
-    with staged(target) as partial, ThreadPoolExecutor(1, "gdagrow-hash-source") as hasher:
+    with staged(place) as partial, ThreadPoolExecutor(1, "gdagrow-hash-source") as hasher:
         beside = sum((source / name).stat().st_size for name in list_companions(source).copied)
-        check_free_space(target.parent, sum(layout.file_bytes for layout in layouts) + beside + _SPARE_BYTES)
+        check_free_space(place.parent, sum(layout.file_bytes for layout in layouts) + beside + _SPARE_BYTES)
         stop = Event()
         read = hasher.submit(_digests, source, plan.header.shards, stop)
         try:

@@ -13,8 +13,8 @@ from gdagrow.models.gda import GdaConfig, GdaModel
 from gdagrow.models.layers import PROJECTIONS
 
 BASE: dict[str, Any] = {
-    "model_type": "motif", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 20,
-    "num_noise_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 50, "rope_theta": 10000.0,
+    "model_type": "motif", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 20, "num_noise_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 50, "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6, "hidden_act": "poly_norm", "tie_word_embeddings": False,
 }  # fmt: skip
 PLAIN = {key: value for key, value in BASE.items() if key not in ("num_noise_heads", "head_dim")}

@@ -27,7 +27,7 @@ def random_bits(dtype: torch.dtype, num: int, seed: int) -> Tensor:
     info, (bits, smallest, integer) = torch.finfo(dtype), DTYPES[dtype]
     largest_subnormal = info.smallest_normal - smallest
     extremes = [0.0, smallest, 2 * smallest, 3 * smallest, 7 * smallest, largest_subnormal, info.smallest_normal, 1.0,
-                1.0 + info.eps, 2.0 - info.eps, info.max, info.max * 2.0**-bits, float("inf"), float("nan")]  # fmt: skip
+                1.0 + info.eps, 2.0 - info.eps, info.max, info.max * 2.0**-bits, torch.inf, torch.nan]  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     limits = torch.iinfo(integer)
     drawn = torch.randint(limits.min, limits.max, (num,), dtype=integer, generator=generator).view(dtype)

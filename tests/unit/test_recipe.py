@@ -109,7 +109,7 @@ def test_as_dict_reads_back(values: dict[str, Any]) -> None:
         ({"signal": "4:2"}, f"signal: {RATIO} '4:2'"),
         ({"signal": "0:1"}, f"signal: {RATIO} '0:1'"),
         ({"signal": "4.5:1"}, f"signal: {RATIO} '4.5:1'"),
-        ({"signal": "513:1"}, f"signal: expected a target ratio of at most 512:1, got '513:1'"),
+        ({"signal": "513:1"}, "signal: expected a target ratio of at most 512:1, got '513:1'"),
         ({"signal": "999999999999:1"}, f"signal: {RATIO} '999999999999:1'"),
         (
             {"uniform": 2, "signal": 2, "ffn": 3},

@@ -1,7 +1,8 @@
-"""Random topologies and random growths of them, for hypothesis; and the maps of a growth read from its growth.json."""
+"""Random topologies and growths for hypothesis, headers without weights, and the maps that a growth.json records."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gdagrow.archs.motif import Motif
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe
 
@@ -146,3 +149,20 @@ def reads_last_dim(name: str, *, tied: bool) -> bool:
     if name == "model.norm.weight":
         return tied
     return name.endswith("proj.weight") or name == "lm_head.weight"
+
+
+def header(config: Mapping[str, Any], replaced: Mapping[str, TensorInfo | None] | None = None) -> Header:
+    """The header of a complete checkpoint without biases, in memory; `replaced` by name, None to leave a tensor out."""
+    motif, tensors, replaced = Motif(), {}, replaced or {}
+    sizes = motif.sizes(config)
+    for parameter in (p for p in motif.table(config) if not p.optional):
+        for layer in range(sizes.num_layers if parameter.is_layered else 1):
+            name = parameter.name.format(layer=layer)
+            stored = "F32" if "lambda_" in name else "BF16"
+            tensors[name] = info(name, parameter.parsed.shape(sizes.axes), stored)
+    tensors |= {name: tensor for name, tensor in replaced.items() if tensor}
+    return Header(Path("source"), config, {n: t for n, t in tensors.items() if replaced.get(n, t)}, {})
+
+
+def info(name: str, shape: tuple[int, ...], dtype: str = "BF16") -> TensorInfo:
+    return TensorInfo(name, dtype, shape, "model.safetensors", 0, prod(shape) * ITEM_BYTES[dtype])

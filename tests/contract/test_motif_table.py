@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdagrow.archs import architecture_of
 from gdagrow.models.gda import GdaConfig, GdaModel
 from gdagrow.models.layers import PROJECTIONS
+from tests.growths import RANDOM
 
 BASE: dict[str, Any] = {
     "model_type": "motif", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 20, "num_noise_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 50, "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6, "hidden_act": "poly_norm", "tie_word_embeddings": False,
+    "num_attention_heads": 20, "num_noise_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "vocab_size": 50,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "poly_norm", "tie_word_embeddings": False,
 }  # fmt: skip
 PLAIN = {key: value for key, value in BASE.items() if key not in ("num_noise_heads", "head_dim")}
 
@@ -61,6 +62,7 @@ def test_the_table_is_the_model(config: dict[str, Any], bias: frozenset[str]) ->
     assert dict(table) == model
 
 
+@settings(RANDOM)
 @given(st.frozensets(st.sampled_from(sorted(PROJECTIONS))))
 def test_any_projection_may_have_a_bias(bias: frozenset[str]) -> None:
     assert dict(table_shapes(BASE, bias)) == model_shapes(BASE, bias)

@@ -37,6 +37,15 @@ def test_every_gdagrow_command_of_a_page_runs_in_order(page: Path, tmp_path: Pat
         assert result.returncode == 0, f"{shlex.join(command)}: {result.stderr}"
 
 
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "demo" / "source")
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Heads(num_groups=4, ratio=3, num_kv_groups=1)")
+    assert (tmp_path / "demo" / "grown" / "growth.json").exists()
+
+
 def test_the_readme_names_the_two_commands_that_the_makefile_has() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert {line for line in commands(ROOT / "README.md") if line.startswith("make ")} == {"make demo", "make test"}

@@ -33,7 +33,7 @@ def gradients(directory: Path, judge: str = "model") -> Gradients:
     model = load_model(directory, dtype=torch.float64)
     parameters = dict(model.named_parameters())
     logits = model(ids).logits if judge == "model" else reference_logits(parameters, config, ids)
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
 

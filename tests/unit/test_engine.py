@@ -19,6 +19,7 @@ from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from gdagrow.split import Noise
 from tests.checkpoints import write_checkpoint
+from tests.growths import RANDOM
 
 NOTATIONS = ["a <- b", "a -> b", "(a 2) <- (b 3)", "((a + 1) 2) <- b", "(a b) <-", "<- a", "b", "a <- (a b)"]
 
@@ -53,7 +54,7 @@ def gathered_and_divided(growth: TensorGrowth, source: Tensor, divide: list[bool
     return result
 
 
-@settings(max_examples=200, deadline=None)
+@settings(RANDOM, max_examples=200)
 @given(growths(), st.integers(0, 1000))
 def test_growing_is_gathering_and_dividing_what_is_read(growth: TensorGrowth, seed: int) -> None:
     # Only the last dimension is read with copies in any table; "a -> b" reads its rows.
@@ -69,7 +70,7 @@ def test_growing_is_gathering_and_dividing_what_is_read(growth: TensorGrowth, se
         assert torch.equal(grown, expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(RANDOM, max_examples=200)
 @given(growths(), st.sampled_from([1, 2]), st.integers(0, 1000))
 def test_moments_are_divided_by_the_copies_of_what_is_written(growth: TensorGrowth, power: int, seed: int) -> None:
     source = torch.randn(growth.source_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -83,7 +84,7 @@ def test_moments_are_divided_by_the_copies_of_what_is_written(growth: TensorGrow
 NOISE = Noise(snr_db=40.0, seed=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(RANDOM, max_examples=40)
 @given(st.data())
 def test_rows_do_not_depend_on_how_they_come(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.float64]))
@@ -169,7 +170,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     assert written["first"]["model.safetensors"] != written["third"]["model.safetensors"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(RANDOM, max_examples=100)
 @given(growths())
 def test_row_runs_cover_the_grown_rows_in_order(growth: TensorGrowth) -> None:
     rows = [row for start, stop in growth.rows.runs for row in range(start, stop)]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gdagrow.errors import PlanError
 from gdagrow.heads import HeadGrowth, Heads, Ratio, axis_maps, grow_heads
+from tests.growths import RANDOM
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,7 @@ def copies_of_signal_heads(grown: HeadGrowth) -> list[tuple[int, int]]:
     return [(group, head) for group, heads in zip(grown.group, grown.signal, strict=True) for head in heads]
 
 
+@settings(RANDOM)
 @given(head_growths())
 def test_every_head_has_a_copy_where_it_belongs(grown: HeadGrowth) -> None:
     before, after = grown.before, grown.after
@@ -138,6 +140,7 @@ def test_every_head_has_a_copy_where_it_belongs(grown: HeadGrowth) -> None:
         assert served_by == old // before.groups_per_kv, "served by a copy of another KV group"
 
 
+@settings(RANDOM)
 @given(head_growths())
 def test_copies_are_as_even_as_the_factors_allow(grown: HeadGrowth) -> None:
     """No signal head of a group has two copies more than another, and all groups and KV groups have as many."""
@@ -149,7 +152,7 @@ def test_copies_are_as_even_as_the_factors_allow(grown: HeadGrowth) -> None:
         assert {found.count(old) for old in range(num_old)} == {len(found) // num_old}
 
 
-@settings(max_examples=200)
+@settings(RANDOM, max_examples=200)
 @given(head_growths())
 def test_unequal_shares_are_those_whose_gradients_would_be_wrong(grown: HeadGrowth) -> None:
     """Give each old signal head a gradient of its own, linearly independent of the others', and follow it.

@@ -17,19 +17,13 @@ class TensorGrowth:
 
     @staticmethod
     def of(notation: Notation, maps: AxisMaps) -> "TensorGrowth":
-        return TensorGrowth(notation.index_maps(maps), notation.reads)
-
-    @property
-    def source_shape(self) -> tuple[int, ...]:
-        return tuple(dim.old_size for dim in self.dims)
+        dims = notation.index_maps(maps)
+        assert all(dim.is_complete for dim in dims), f"a growth of {notation.text!r} loses old indices"
+        return TensorGrowth(dims, notation.reads)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(dim.size for dim in self.dims)
-
-    @property
-    def is_identity(self) -> bool:
-        return all(dim.is_identity for dim in self.dims)
 
     @property
     def splits(self) -> bool:

@@ -59,7 +59,9 @@ def gathered_and_divided(growth: TensorGrowth, source: Tensor, divide: list[bool
 def test_growing_is_gathering_and_dividing_what_is_read(growth: TensorGrowth, seed: int) -> None:
     # Only the last dimension is read with copies in any table; "a -> b" reads its rows.
     growth = TensorGrowth(growth.dims, tuple(r and d == len(growth.dims) - 1 for d, r in enumerate(growth.reads)))
-    source = torch.randn(growth.source_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    source = torch.randn(
+        [dim.old_size for dim in growth.dims], dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     grown = grow_tensor(growth, source)
     expected = gathered_and_divided(growth, source, list(growth.reads))
     assert grown.shape == growth.shape
@@ -73,7 +75,9 @@ def test_growing_is_gathering_and_dividing_what_is_read(growth: TensorGrowth, se
 @settings(RANDOM, max_examples=200)
 @given(growths(), st.sampled_from([1, 2]), st.integers(0, 1000))
 def test_moments_are_divided_by_the_copies_of_what_is_written(growth: TensorGrowth, power: int, seed: int) -> None:
-    source = torch.randn(growth.source_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    source = torch.randn(
+        [dim.old_size for dim in growth.dims], dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     grown = grow_moment(growth, source, power)
     expected = gathered_and_divided(growth, source, [not reads for reads in growth.reads], power)
     # One rounding for each division, in whatever order.

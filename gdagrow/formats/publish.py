@@ -162,13 +162,9 @@ def check_free_space(parent: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OutputError(
-            f"{parent} has too little space: {_gigabytes(num_bytes)} needed, {_gigabytes(free)} free; "
+            f"{parent} has too little space: {num_bytes:,} bytes needed, {free:,} bytes free; "
             "free some or choose another disk"
         )
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def list_companions(source: Path) -> Companions:

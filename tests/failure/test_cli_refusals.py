@@ -176,7 +176,7 @@ def test_no_space(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     write_checkpoint(tmp_path / "model")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     words = "expand", tmp_path / "model", "--signal-x2"
-    require_refusal(capsys, tmp_path, "has too little space: 0.00 GB needed, 0.00 GB free", *words)
+    require_refusal(capsys, tmp_path, "bytes needed, 1,000 bytes free; free some or choose another disk", *words)
 
 
 def test_an_own_record_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

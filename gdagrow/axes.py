@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
+from math import prod
 
 from gdagrow.errors import GdagrowError
 
@@ -170,7 +171,7 @@ def parse(text: str) -> Notation:
 
 
 def _parse_terms(side: str, text: str) -> tuple[Expression, ...]:
-    tokens = re.findall(r"[a-z_]+|\d+|[()+]|\S", side)
+    tokens = re.findall(r"\w+|\S", side)
     stack: list[list[Expression]] = [[]]
     for token in tokens:
         if token == "(":
@@ -204,10 +205,8 @@ def _size(dim: Expression, sizes: Mapping[str, int]) -> int:
     if isinstance(dim, int):
         return dim
     kind, terms = dim
-    total = 0 if kind == "sum" else 1
-    for term in terms:
-        total = total + _size(term, sizes) if kind == "sum" else total * _size(term, sizes)
-    return total
+    parts = [_size(term, sizes) for term in terms]
+    return sum(parts) if kind == "sum" else prod(parts)
 
 
 def _names(dim: Expression) -> Iterator[str]:
@@ -236,7 +235,8 @@ def _compose(dim: Expression, maps: AxisMaps, outer: int | None) -> IndexMap:
             return IndexMap(_join((a * size, b * size) for a, b in head.runs), head.old_size * size)
         inners = [inner] * head.size
     else:
-        inners = [_compose(rest, maps, new) for new in range(head.size)]
+        # A nested axis follows the index of the last axis before it, which a number between them is not.
+        inners = [_compose(rest, maps, new if isinstance(terms[0], str) else outer) for new in range(head.size)]
     size = inners[0].old_size
     runs = ((old * size + a, old * size + b) for old, inner in zip(head, inners, strict=True) for a, b in inner.runs)
     return IndexMap(_join(runs), head.old_size * size)

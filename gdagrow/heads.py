@@ -7,6 +7,9 @@ from fractions import Fraction
 from gdagrow.axes import AxisMaps, IndexMap
 from gdagrow.errors import PlanError
 
+# Copies of one index: beyond any growth worth doing, within what the exact split of float64 can carry (9 spare bits).
+MAX_COPIES = 512
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -122,6 +125,12 @@ def _grown_ratio(heads: Heads, signal: int | Ratio, noise: int) -> int:
             raise PlanError(
                 f"signal {signal}: the ratio would shrink from {heads.ratio}:1; growth never drops a head, "
                 f"choose {heads.ratio}:1 or more"
+            )
+        copies = -(-signal.signal // heads.ratio) * noise
+        if copies > MAX_COPIES:
+            raise PlanError(
+                f"signal {signal} with noise x{noise}: a signal head would have {copies} copies, expected at most "
+                f"{MAX_COPIES}; choose smaller ones"
             )
         return signal.signal
     if heads.ratio * signal % noise:

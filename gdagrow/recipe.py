@@ -8,12 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gdagrow.errors import RecipeError
-from gdagrow.heads import Ratio
+from gdagrow.heads import MAX_COPIES, Ratio
 
 WIDTH_AXES = ("signal", "noise", "kv", "hidden", "ffn")
-
-# Beyond any growth worth doing, and within what the exact split of float64 can carry (9 spare bits).
-MAX_FACTOR = 512
 
 # The default noise is 40 dB below the weights (1% of each, in amplitude): just above the grid of bf16 (0.4 to 0.8%),
 # the coarsest stored dtype, so every weight's copies part there too, and the least that was seen to part all copies.
@@ -21,11 +18,11 @@ DEFAULT_SNR_DB = 40.0
 
 
 def _factor(value: Any) -> int:
-    """Accept a whole number from 1 to `MAX_FACTOR`, also as the text a command line gives."""
+    """Accept a whole number from 1 to `MAX_COPIES`, also as the text a command line gives."""
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,6}", value):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_FACTOR:
-        raise ValueError(f"expected a whole number from 1 to {MAX_FACTOR}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COPIES:
+        raise ValueError(f"expected a whole number from 1 to {MAX_COPIES}, got {value!r}")
     return value
 
 
@@ -47,8 +44,8 @@ def parse_ratio(text: str) -> Ratio:
     found = re.fullmatch(r"0*([1-9]\d{0,5}):1", text)
     if not found:
         raise RecipeError(f"expected a target ratio R:1 with a whole R of 1 or more, such as 4:1, got {text!r}")
-    if int(found.group(1)) > MAX_FACTOR:
-        raise RecipeError(f"expected a target ratio of at most {MAX_FACTOR}:1, got {text!r}")
+    if int(found.group(1)) > MAX_COPIES:
+        raise RecipeError(f"expected a target ratio of at most {MAX_COPIES}:1, got {text!r}")
     return Ratio(int(found.group(1)))
 
 

@@ -49,7 +49,8 @@ def test_axes_by_role() -> None:
         ("a <- b <- c", "expected one arrow at most"),
         ("a -> b <- c", "expected one arrow at most"),
         ("a * b", "unexpected '*'"),
-        ("Hidden <-", "unexpected 'H'"),
+        ("Hidden <-", "unexpected 'Hidden'"),
+        ("head_dim2 <-", "unexpected 'head_dim2'"),
         ("a) <- b", "unexpected ')'"),
         ("a < b", "unexpected '<'"),
         ("(a <- b", "parentheses do not match, or a sum stands outside them"),
@@ -119,7 +120,9 @@ def test_segments_number_the_copies(index_map: IndexMap) -> None:
 
 
 # Dimensions over the plain axes `a` and `b`, and `s`, which is nested in `g` and has a map for each new index of it.
-LEAVES = st.sampled_from(["a", "b", "1", "2", "3", "g", "(g s)", "(g (s + 1) a)", "(g s 2 b)", "(g ((s 2) + a + s))"])
+LEAVES = st.sampled_from(
+    ["a", "b", "1", "2", "3", "g", "(g s)", "(g (s + 1) a)", "(g s 2 b)", "(g 2 s)", "(g ((s 2) + a + s))"]
+)
 DIMS = st.recursive(
     LEAVES,
     lambda inner: st.one_of(

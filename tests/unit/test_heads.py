@@ -88,6 +88,11 @@ def test_head_counts() -> None:
             "signal 2:1: the ratio would shrink from 3:1; growth never drops a head, choose 3:1 or more",
         ),
         (
+            Heads(2, 3, 1), {"signal": Ratio(512), "noise": 3},
+            "signal 512:1 with noise x3: a signal head would have 513 copies, expected at most 512; "
+            "choose smaller ones",
+        ),
+        (
             Heads(2, 3, 1), {"noise": 2},
             "signal x1 with noise x2: 6 signal heads do not divide into 4 groups; "
             "make 3 x signal a multiple of noise",

@@ -112,7 +112,7 @@ def compare(
     if not math.isfinite(figures.largest):
         raise CompareError(f"{source}: the model's own logits are not finite, so there is nothing to compare with")
     condition = figures.disturbed / figures.largest / noise.size
-    tolerance = rounding_budget(dtype, max(before.sizes.hidden, before.sizes.ffn), condition)
+    tolerance = rounding_budget(dtype, max(after.sizes.hidden, after.sizes.ffn, before.sizes.ffn), condition)
     max_rel = figures.apart / figures.largest
     return Comparison(
         equivalent=max_rel <= tolerance, max_abs=figures.apart, max_rel=max_rel, kl=figures.kl / figures.count,

@@ -24,7 +24,7 @@ from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.formats.safetensors_writer import ShardLayout, ShardWriter, index_json, tensor_bytes
 from gdagrow.growth import block_rows
 from gdagrow.header import ITEM_BYTES
-from gdagrow.layout import CHUNK_BYTES, LOOKAHEAD, layout_of, num_workers
+from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, layout_of, num_workers
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record
 from gdagrow.split import Noise
@@ -110,11 +110,18 @@ def _write_weights(
 
 @dataclass(frozen=True)
 class _Job:
-    """Grow source rows `[start, stop)` of a tensor seen as `[rows, columns]`; they are the next rows of the output."""
+    """Grow source rows `[start, stop)` of a tensor seen as `[rows, columns]`; they are the next rows of the output.
+
+    `again`: whether the same rows, and so the same bytes, come once more further down.
+    """
 
     tensor: TensorPlan
     start: int
     stop: int
+    again: bool
+
+
+_Grown = tuple[memoryview, Tensor]  # a chunk, and the buffer that holds it
 
 
 class _Grower:
@@ -125,8 +132,9 @@ class _Grower:
         self._noise = noise
         # Each worker is one thread; torch's own threads would only get in its way.
         self._workers = ThreadPoolExecutor(num_workers(), "gdagrow-grow", torch.set_num_threads, (1,))
-        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for _ in range(LOOKAHEAD + 1):
+        # The buffer used last is used next: those that are never needed are never touched, and take no memory.
+        self._free: queue.LifoQueue[Tensor] = queue.LifoQueue()
+        for _ in range(LOOKAHEAD + 1 + KEPT_CHUNKS):
             self._free.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
 
     def __enter__(self) -> "_Grower":
@@ -136,18 +144,28 @@ class _Grower:
         self._workers.shutdown(cancel_futures=True)
 
     def chunks(self, tensors: Iterable[TensorPlan]) -> Iterator[memoryview]:
-        """Yield the grown bytes of tensors in order; a chunk is overwritten once the next is asked for."""
+        """Yield the grown bytes of tensors in order; a chunk may be overwritten once the next is asked for."""
         jobs = (job for tensor in tensors for job in _jobs(tensor))
-        ahead: deque[Future[tuple[memoryview, Tensor]]] = deque()
+        ahead: deque[tuple[_Job, Future[_Grown]]] = deque()
+        kept: dict[tuple[str, int], Future[_Grown]] = {}  # by tensor and first row
         while True:
-            ahead.extend(self._workers.submit(self._grow, job) for job in islice(jobs, LOOKAHEAD - len(ahead)))
+            for job in islice(jobs, LOOKAHEAD - len(ahead)):
+                key = job.tensor.name, job.start
+                grown = kept.get(key) or self._workers.submit(self._grow, job)
+                if job.again and len(kept) < KEPT_CHUNKS:
+                    kept[key] = grown
+                ahead.append((job, grown))
             if not ahead:
                 break
-            chunk, buffer = ahead.popleft().result()
+            job, grown = ahead.popleft()
+            chunk, buffer = grown.result()
             yield chunk
-            self._free.put(buffer)
+            if not job.again:
+                kept.pop((job.tensor.name, job.start), None)
+            if kept.get((job.tensor.name, job.start)) is not grown:
+                self._free.put(buffer)
 
-    def _grow(self, job: _Job) -> tuple[memoryview, Tensor]:
+    def _grow(self, job: _Job) -> _Grown:
         tensor, growth = job.tensor, job.tensor.growth
         if len(growth.dims) == 1:
             source = self._reader.tensor(tensor.source.name).unsqueeze(0)
@@ -171,9 +189,10 @@ def _jobs(tensor: TensorPlan) -> Iterator[_Job]:
     """A tensor's rows in chunks, cut where blocks of source rows end so that no random word is drawn twice."""
     block = block_rows(tensor.growth)
     rows = max(1, CHUNK_BYTES // (_row_bytes(tensor) * block)) * block
-    for start, stop in tensor.growth.rows.runs:
+    for segment in tensor.growth.rows.segments:
+        start, stop = segment.old, segment.old + segment.length
         for cut in range(start - start % rows, stop, rows):
-            yield _Job(tensor, max(cut, start), min(cut + rows, stop))
+            yield _Job(tensor, max(cut, start), min(cut + rows, stop), again=segment.copy + 1 < segment.copies)
 
 
 def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, FileDigest]:

@@ -14,6 +14,7 @@ DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 
 CHUNK_BYTES: Final = 8 * 2**20  # of output; a few are in memory at a time, whatever the model
 LOOKAHEAD: Final = 3  # chunks being grown while one is written
+KEPT_CHUNKS: Final = 16  # chunks kept for further copies of their rows, as far as they reach
 
 # The most that the arithmetic of a split was seen to hold for each weight of a block, with up to 40 copies in every
 # dtype: some 20 numbers of 8 bytes, and with noise for each copy a random word and two numbers made of it.
@@ -51,13 +52,20 @@ def num_workers() -> int:
 def peak_memory_bytes(plan: GrowthPlan) -> int:
     """About how much memory `expand` takes beside Python and torch: chunks, blocks being written, and scratch."""
     chunks = (LOOKAHEAD + 1) * max(_chunk_bytes(tensor) for tensor in plan.tensors)
+    kept = max(_kept_bytes(tensor) for tensor in plan.tensors)
     scratch = num_workers() * max(_scratch_bytes(tensor) for tensor in plan.tensors)
-    return chunks + NUM_BLOCKS * BLOCK_BYTES + scratch
+    return chunks + kept + NUM_BLOCKS * BLOCK_BYTES + scratch
 
 
 def _chunk_bytes(tensor: TensorPlan) -> int:
     row_bytes = tensor.growth.columns.size * ITEM_BYTES[tensor.source.dtype]
     return max(CHUNK_BYTES, block_rows(tensor.growth) * row_bytes)
+
+
+def _kept_bytes(tensor: TensorPlan) -> int:
+    copied = sum(s.length for s in tensor.growth.rows.segments if s.copy == 0 and s.copies > 1)
+    row_bytes = tensor.growth.columns.size * ITEM_BYTES[tensor.source.dtype]
+    return min(copied * row_bytes, KEPT_CHUNKS * _chunk_bytes(tensor))
 
 
 def _scratch_bytes(tensor: TensorPlan) -> int:

@@ -1,6 +1,6 @@
 """Expand against `dd conv=fsync` of the same number of bytes, in turn, in the same run.
 
-    python benchmarks/expand.py [--dir DIR] [--gigabytes 1.0] [--runs 3] [--dtype bf16] [--growth '--hidden-x2 ...']
+    python benchmarks/expand.py [--dir DIR] [--gigabytes 1.0] [--runs 3] [--dtype bf16] [--growth='--hidden-x2 ...']
 
 Prints a table, and one JSON object with every figure as the last line. Needs about ten times the source's size on
 disk. Reads of the source come from the page cache, as after a training run's save; writes reach the disk.

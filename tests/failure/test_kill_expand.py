@@ -145,6 +145,8 @@ def test_killed_at_any_moment(expands: Expands) -> None:
         ended = expands.wait()
         assert ended in (0, -signal.SIGKILL)
         killed += ended != 0
+        if ended == 0:
+            duration *= 0.8  # faster than the first, which may have found cold caches
         # A run removes what killed ones left, so there is never more than one.
         assert len(expands.partials()) <= 1
         if expands.target.exists():

@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def report(work: Path, options: argparse.Namespace) -> None:
-    hidden, item = 2048, {"bf16": 2, "fp32": 4}[options.dtype]
+    hidden, item = 2048 if options.gigabytes >= 0.3 else 512, {"bf16": 2, "fp32": 4}[options.dtype]
     layer = _LAYER_ELEMENTS_PER_HIDDEN_SQUARED * hidden**2 * item
     num_layers = max(1, round((options.gigabytes * 1e9 - 2 * 32000 * hidden * item) / layer))
     source_bytes = write_checkpoint(work / "source", num_layers=num_layers, hidden=hidden, dtype=options.dtype)

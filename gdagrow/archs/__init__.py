@@ -88,6 +88,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     if found is None:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} has no table; gdagrow knows {', '.join(tables)} "
-            "(docs/limits.md says what a table needs)"
+            "(docs/add-an-architecture.md says what a new one takes)"
         )
     return found

@@ -5,13 +5,13 @@ import json
 import os
 import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from gdagrow.growth import block_rows
 from gdagrow.header import ITEM_BYTES
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, layout_of, num_workers
 from gdagrow.plan import GrowthPlan, TensorPlan
-from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record
+from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record, record_text
 from gdagrow.split import Noise
 
 _SPARE_BYTES: Final = 2**20  # for config, index and record
@@ -74,10 +74,10 @@ def expand(plan: GrowthPlan, target: Path, *, max_shard_bytes: int, progress: Pr
             companions = copy_companions(source, partial)
             written = _write_weights(plan, layouts, partial, progress)
             record = growth_record(plan, read=read.result(), written=written, history=history)
-            _write_json(partial / "config.json", plan.config)
-            _write_json(partial / RECORD_FILE, record)
+            _write(partial / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+            _write(partial / RECORD_FILE, record_text(record))
             if len(layouts) > 1:
-                _write(partial / INDEX_FILE, index_json(layouts))
+                _write(partial / INDEX_FILE, index_json(layouts).decode())
         finally:
             stop.set()
     return Expansion(target, written, companions)
@@ -207,13 +207,9 @@ def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, Fi
     return digests
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def _write(path: Path, text: str) -> None:
     # A name that is no UTF-8 has half surrogate pairs in it, whose escapes in Python and in JSON are the same.
-    _write(path, text.encode("utf-8", "backslashreplace"))
-
-
-def _write(path: Path, content: bytes) -> None:
+    content = text.encode("utf-8", "backslashreplace")
     try:
         path.write_bytes(content)
     except OSError as error:

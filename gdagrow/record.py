@@ -1,6 +1,7 @@
 """`growth.json`: what a grown checkpoint says of how it came about, complete enough to repeat and to undo it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Final
 
 import gdagrow
 from gdagrow.errors import CheckpointError
+from gdagrow.formats.links import require_inside
 from gdagrow.plan import GrowthPlan
 
 RECORD_FILE: Final = "growth.json"
@@ -60,13 +62,27 @@ def growth_record(
     }
 
 
+def record_text(record: Mapping[str, Any]) -> str:
+    """The record as JSON, with lists of numbers, and lists of such pairs, on one line each."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    # A line break inside brackets is never inside a string.
+    item = r"(?:-?\d+|\[[-\d, ]*\])"
+    for _ in range(2):
+        text = re.sub(rf"\[\n\s*({item}(?:,\n\s*{item})*)\n\s*\]", _on_one_line, text)
+    return text + "\n"
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "[" + re.sub(r",\n\s*", ", ", found.group(1)) + "]"
+
+
 def read_record(directory: Path) -> list[Any]:
     """Read the history of a source: the record of its own growth, preceded by those before it; empty if it has none.
 
     Raises:
         CheckpointError: there is a `growth.json` that cannot be read.
     """
-    path = directory / RECORD_FILE
+    path = require_inside(directory, directory / RECORD_FILE)
     if not path.exists():
         return []
     try:

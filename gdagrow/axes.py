@@ -13,6 +13,7 @@ end. Growth gives each axis one index map `new -> old`; the notation composes th
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -76,7 +77,7 @@ class IndexMap:
         pieces = [
             (start, stop)
             for run_start, run_stop in self.runs
-            for start, stop in pairwise(c for c in cuts if run_start <= c <= run_stop)
+            for start, stop in pairwise(cuts[bisect_left(cuts, run_start) : bisect_right(cuts, run_stop)])
         ]
         copies: dict[int, int] = {}
         for start, _ in pieces:
@@ -139,7 +140,7 @@ class Notation:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that axis sizes give."""
-        return tuple(_size(dim, sizes) for dim in self.dims)
+        return tuple(size_of(dim, sizes) for dim in self.dims)
 
     def axes(self, *, read: bool) -> frozenset[str]:
         """The names of the axes that the layer reads, or writes."""
@@ -199,13 +200,13 @@ def _group(terms: list[Expression], text: str) -> Expression:
     return ("sum", tuple(terms[::2]))
 
 
-def _size(dim: Expression, sizes: Mapping[str, int]) -> int:
+def size_of(dim: Expression, sizes: Mapping[str, int]) -> int:
     if isinstance(dim, str):
         return sizes[dim]
     if isinstance(dim, int):
         return dim
     kind, terms = dim
-    parts = [_size(term, sizes) for term in terms]
+    parts = [size_of(term, sizes) for term in terms]
     return sum(parts) if kind == "sum" else prod(parts)
 
 

@@ -7,8 +7,8 @@ moment is gathered likewise and divided among the copies of every index that the
 import torch
 from torch import Tensor
 
-from gdagrow.axes import IndexMap, Segment
-from gdagrow.growth import TensorGrowth, block_rows
+from gdagrow.axes import IndexMap
+from gdagrow.growth import TensorGrowth, block_rows, copies_of
 from gdagrow.split import Noise, num_draws, split
 
 
@@ -47,11 +47,8 @@ def grow_rows(
 
 
 def _split_columns(columns: IndexMap, source: Tensor, grown: Tensor, words: Tensor | None, amplitude: float) -> None:
-    copies: dict[int, list[Segment]] = {}
-    for segment in columns.segments:
-        copies.setdefault(segment.old, []).append(segment)
-    for old, segments in copies.items():
-        at = slice(old, old + segments[0].length)
+    for segments in copies_of(columns):
+        at = slice(segments[0].old, segments[0].old + segments[0].length)
         parts = [grown[:, s.new : s.new + s.length] for s in segments]
         if len(parts) == 1:
             parts[0].copy_(source[:, at])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gdagrow.axes import AxisMaps, IndexMap, Notation
+from gdagrow.axes import AxisMaps, IndexMap, Notation, Segment
 
 # Weights to a block: its random words, and every temporary of its arithmetic, stay in the cache of one core.
 BLOCK_WEIGHTS = 1 << 16
@@ -45,3 +45,11 @@ class TensorGrowth:
 def block_rows(growth: TensorGrowth) -> int:
     """Source rows to a block, the unit in which random words are drawn."""
     return max(1, BLOCK_WEIGHTS // growth.columns.old_size)
+
+
+def copies_of(index_map: IndexMap) -> tuple[tuple[Segment, ...], ...]:
+    """The segments of a map, those of the same old indices together."""
+    copies: dict[int, list[Segment]] = {}
+    for segment in index_map.segments:
+        copies.setdefault(segment.old, []).append(segment)
+    return tuple(map(tuple, copies.values()))

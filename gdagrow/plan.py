@@ -141,11 +141,9 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     tied_after = tied and recipe.embeddings != "untie"
     if after == before and tied_after == tied:
         raise PlanError(f"nothing would grow: the source already has the ratio {before.heads.ratio}:1")
-    tensors = tuple(_tensor_plans(header, recipe, architecture, parameters, maps, tied, tied_after))
+    tensors = tuple(_tensor_plans(header, recipe, architecture, parameters, maps, tied_after))
     config = architecture.grown_config(header.config, after, tied=tied_after)
-    return GrowthPlan(
-        header, recipe, architecture, before, after, heads, maps, config, tied, tied_after, tensors
-    )  # fmt: skip
+    return GrowthPlan(header, recipe, architecture, before, after, heads, maps, config, tied, tied_after, tensors)
 
 
 def _whole(recipe: Recipe, axis: str) -> int:
@@ -199,26 +197,42 @@ def _in_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[P
     yield from ((p, 0) for p in table[first:] if not p.is_layered)
 
 
-def _tensor_plans(
-    header: Header, recipe: Recipe, architecture: Architecture, parameters: dict[str, Parameter], maps: AxisMaps,
-    tied: bool, tied_after: bool,
-) -> Iterator[TensorPlan]:  # fmt: skip
-    untied = tied and not tied_after
+@dataclass(frozen=True)
+class GrownRow:
+    """One tensor of a grown checkpoint: its name, the source's tensor, its row of the table, its notation there."""
+
+    name: str
+    source: str
+    parameter: Parameter
+    notation: str
+
+
+def grown_rows(
+    header: Header, architecture: Architecture, parameters: Mapping[str, Parameter], *, tied_after: bool
+) -> Iterator[GrownRow]:
+    """Every tensor that a source's `parameters` (see `claim`) grow into."""
     for name, parameter in parameters.items():
-        carries_split = tied_after and name == architecture.last_norm
         # A tied head cannot be split, for its tensor is the embedding too: the norm that feeds it is split instead.
-        notation = "<- hidden" if carries_split else parameter.notation
-        lost = "its tied gradient was that of two parameters" if untied and name == architecture.embedding else None
-        yield _tensor_plan(
-            name, header.tensors[name], parameter.name, notation, parameter.part, maps,
-            noisy=not recipe.exact_copies and not carries_split, lost=lost,
-        )  # fmt: skip
-    if untied:
+        carries_split = tied_after and name == architecture.last_norm
+        yield GrownRow(name, name, parameter, "<- hidden" if carries_split else parameter.notation)
+    if architecture.is_tied(header.config) and not tied_after:
         head = next(p for p in architecture.table({**header.config, "tie_word_embeddings": False})
                     if p.name == architecture.head)  # fmt: skip
+        yield GrownRow(head.name, architecture.embedding, head, head.notation)
+
+
+def _tensor_plans(
+    header: Header, recipe: Recipe, architecture: Architecture, parameters: dict[str, Parameter], maps: AxisMaps,
+    tied_after: bool,
+) -> Iterator[TensorPlan]:  # fmt: skip
+    lost = {architecture.embedding: "its tied gradient was that of two parameters",
+            architecture.head: "it is new: the source's head was tied to the embedding"}  # fmt: skip
+    untied = architecture.is_tied(header.config) and not tied_after
+    for row in grown_rows(header, architecture, parameters, tied_after=tied_after):
+        carries_split = row.notation != row.parameter.notation
         yield _tensor_plan(
-            head.name, header.tensors[architecture.embedding], head.name, head.notation, head.part, maps,
-            noisy=not recipe.exact_copies, lost="it is new: the source's head was tied to the embedding",
+            row.name, header.tensors[row.source], row.parameter.name, row.notation, row.parameter.part, maps,
+            noisy=not recipe.exact_copies and not carries_split, lost=lost.get(row.name) if untied else None,
         )  # fmt: skip
 
 
@@ -231,7 +245,6 @@ def _tensor_plan(
     unequal = sorted(maps.unequal & parsed.axes(read=False))
     if unequal and lost is None:
         lost = f"copies along {', '.join(unequal)} serve unequal shares of what they served"
-    multiplier = prod(dim.old_size / dim.size for dim, reads in zip(growth.dims, growth.reads, strict=True) if reads)
-    return TensorPlan(
-        name, source, parameter, notation, part, growth, noisy and growth.splits, multiplier, lost
-    )  # fmt: skip
+    read = (dim for dim, reads in zip(growth.dims, growth.reads, strict=True) if reads)
+    multiplier = prod((dim.old_size / dim.size for dim in read), start=1.0)
+    return TensorPlan(name, source, parameter, notation, part, growth, noisy and growth.splits, multiplier, lost)

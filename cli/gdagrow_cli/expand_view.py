@@ -96,6 +96,7 @@ def _print(console: Console, checkpoint: Path, plan: GrowthPlan, expansion: Expa
     print_hints(console, plan)
     print_section(console, "Next")
     print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)}")
+    print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)} --weights")
     if learning_rate_multipliers(plan):
         record = printable(expansion.target / RECORD_FILE)
         print_unbroken(console, f"  then train it, with the learning-rate multipliers in {record}")

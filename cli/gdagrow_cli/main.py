@@ -115,8 +115,18 @@ def expand(
 
 @app.command()
 def diff(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint that was grown.")],
     grown: Annotated[Path, typer.Argument(metavar="GROWN", help="What it was grown into.")],
+    weights: Annotated[
+        bool,
+        typer.Option(
+            "--weights",
+            metavar="",
+            show_default=False,
+            help="Fold every grown tensor back onto the source instead, bit for bit; no model is run.",
+        ),
+    ] = False,
     seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sequences.")] = 4,
     length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each.")] = 128,
     seed: Annotated[
@@ -129,10 +139,15 @@ def diff(
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Compare the logits of two checkpoints on the same tokens.
+    """Compare the logits of two checkpoints on the same tokens, or with --weights the weights themselves.
 
     Exit code: 0 the same function within rounding, 1 different, 2 could not compare.
     """
+    if weights:
+        from gdagrow_cli.certificate_view import require_alone, show_certificate
+
+        require_alone(context)
+        raise typer.Exit(0 if show_certificate(source, grown, as_json=as_json) else 1)
     from gdagrow_cli.diff_view import show_diff, tokens_for
 
     tokens = tokens_for(source, text=text, seqs=seqs, length=length, seed=seed)

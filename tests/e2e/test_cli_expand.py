@@ -178,3 +178,33 @@ def test_diff_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     words = "diff", tmp_path / "a", tmp_path / "b", "--text", tmp_path / "text", "--seqs", 3, "--length", 10
     told = figures(capsys, *words)
     assert (told["equivalent"], told["num_sequences"], told["length"]) == (True, 3, 10)
+
+
+def test_the_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0 and 1, in words and in JSON, with the tensor and the head named."""
+    write_checkpoint(tmp_path / "a")
+    assert f"gdagrow diff {tmp_path / 'a'} {tmp_path / 'b'} --weights\n" in (
+        call(capsys, "expand", tmp_path / "a", tmp_path / "b", "--signal-x2").out
+    )
+    words = "diff", tmp_path / "a", tmp_path / "b", "--weights"
+    outcome = call(capsys, *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines() == [
+        "the same function: every weight folds back onto the source, bit for bit",
+        "  35 tensors of 34,888 weights checked, maps from growth.json",
+    ]
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][8 * 9] *= 2
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "rope_theta": 5}))
+    outcome = call(capsys, *words)
+    assert outcome.code == 1
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert ["rope_theta", "10000.0", "5"] in lines
+    assert "model.layers.1.self_attn.q_proj.weight: 32 wrong, by" in outcome.out
+    assert "signal head 2 of group 1: row 72 from 48 of the source, column 0 from 0" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    told = figures(capsys, *words)
+    assert told["equivalent"] is False
+    assert [d["num_wrong"] for d in told["differences"]] == [32]  # type: ignore[attr-defined]

@@ -12,7 +12,8 @@ import pytest
 from tests.checkpoints import TRAINING_STATE, write_checkpoint, write_files
 from tests.command import call
 
-COMMANDS = ("--help", "plan --help", "expand --help", "inspect {}", "plan {} --uniform-x2", "expand {} --uniform-x2")
+COMMANDS = ("--help", "plan --help", "expand --help", "inspect {}", "plan {} --uniform-x2", "expand {} --uniform-x2",
+            "diff --help", "diff {0} {0} --weights")  # fmt: skip
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ def test_colours_part_signal_and_noise_heads_on_a_terminal(model: Path) -> None:
 
 
 def test_progress_shows_on_a_terminal_unless_told_not_to(model: Path) -> None:
+    assert "checking" in on_a_terminal("diff", model, model, "--weights")
     shown = on_a_terminal("expand", model, "--kv-x5")
     assert "growing" in shown
     assert "MB" in shown

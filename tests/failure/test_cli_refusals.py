@@ -195,6 +195,11 @@ def test_an_own_record_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("diff {0} {1} --length 0", "invalid value for '--length'"),
         ("diff {0} {1} --device abacus", "--device abacus: cannot be used here"),
         ("diff {0} {2}", "vocabulary"),
+        ("diff {0} {2} --weights", "have vocabulary 61 and 62, which growth never changes"),
+        (
+            "diff {0} {1} --weights --seqs 4 --device cpu",
+            "--weights runs no model, so --seqs, --device would do nothing",
+        ),
         ("diff {0} {3}", "is not a directory"),
         ("diff {0}", "missing argument 'GROWN'"),
         ("grow {0}", "no such command 'grow'"),

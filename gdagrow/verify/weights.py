@@ -1,0 +1,157 @@
+"""The certificate: a grown checkpoint folded back onto its source, weight by weight; no model is run."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gdagrow.archs import Parameter, Sizes, architecture_of
+from gdagrow.axes import AxisMaps, parse
+from gdagrow.errors import CompareError
+from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.growth import TensorGrowth
+from gdagrow.header import Header
+from gdagrow.plan import claim, grown_rows
+from gdagrow.record import RECORD_FILE
+from gdagrow.verify.lineage import inferred_maps, recorded_maps
+from gdagrow.verify.settings import Setting, other_settings
+from gdagrow.verify.tensors import Folded, Folder, Pair, Place, PlaceKey, add_places
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor that does not fold back onto its source.
+
+    problem: Why it cannot be folded at all (missing, another dtype), or None.
+    num_wrong: Copies that are not the source's bits, and sums of parts that are not its weights.
+    largest: The largest distance of one of them from the source; infinite where something is not finite.
+    places: The first of them in each of the first few heads, or rows where the tensor has no heads.
+    """
+
+    name: str
+    problem: str | None
+    num_wrong: int = 0
+    largest: float = 0.0
+    places: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether a grown checkpoint holds its source, exactly.
+
+    equivalent: Whether every tensor folds back and no setting differs: the models then are the same function.
+    maps: Where the index maps come from: `growth.json` or `config.json`.
+    num_tensors, num_elements: Grown tensors and weights that were held against the source.
+    differences: The tensors that differ, in order.
+    settings: Keys of the configs that differ and may change the function.
+    """
+
+    equivalent: bool
+    maps: str
+    num_tensors: int
+    num_elements: int
+    differences: tuple[TensorDifference, ...]
+    settings: tuple[Setting, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: a distance that is not finite becomes None."""
+        content = asdict(self)
+        for difference in content["differences"]:
+            if not math.isfinite(difference["largest"]):
+                difference["largest"] = None
+        return content
+
+
+def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] | None = None) -> Certificate:
+    """Show that every tensor of a grown checkpoint folds back onto its source, bit for bit and in bounded memory.
+
+    What is gathered must be the source's bits in every copy; what is split must sum to the source's weight, in exact
+    arithmetic. With maps that preserve the function, that makes the models the same function.
+
+    Args:
+        source, grown: Checkpoint directories.
+        progress: Called with the number of bytes of grown weights checked since its last call.
+
+    Raises:
+        CheckpointError: a checkpoint or `growth.json` cannot be read, or does not fit.
+        CompareError: the models differ in what growth never changes, or no maps lead from one to the other.
+    """
+    headers = read_header(source), read_header(grown)
+    before, after = (architecture_of(header.config).sizes(header.config) for header in headers)
+    claimed = [claim(header, architecture_of(header.config), sizes)
+               for header, sizes in zip(headers, (before, after), strict=True)]  # fmt: skip
+    _require_comparable(headers, before, after)
+    tied = [architecture_of(header.config).is_tied(header.config) for header in headers]
+    recorded = recorded_maps(grown, before, after, untied=tied[0] and not tied[1])
+    maps = recorded or inferred_maps(before, after)
+    pairs, differences = _pairs(headers, claimed[0], maps)
+    wrong: dict[str, _Wrong] = {}
+    with TensorReader(headers[0]) as old, TensorReader(headers[1]) as new:
+        for folded in Folder(old, new, before, after).fold(pairs):
+            if folded.num_wrong:
+                wrong.setdefault(folded.pair.grown.name, _Wrong()).add(folded)
+            if progress:
+                progress(folded.num_bytes)
+    differences += [TensorDifference(name, None, w.num_wrong, w.largest, tuple(w.places.values()))
+                    for name, w in wrong.items()]  # fmt: skip
+    settings = other_settings(headers[0].config, headers[1].config)
+    return Certificate(
+        equivalent=not differences and not settings, maps=RECORD_FILE if recorded else "config.json",
+        num_tensors=len(pairs), num_elements=sum(pair.grown.num_elements for pair in pairs),
+        differences=tuple(differences), settings=settings,
+    )  # fmt: skip
+
+
+@dataclass
+class _Wrong:
+    """What is wrong with one tensor so far."""
+
+    num_wrong: int = 0
+    largest: float = 0.0
+    places: dict[PlaceKey, Place] = field(default_factory=dict)
+
+    def add(self, folded: Folded) -> None:
+        self.num_wrong += folded.num_wrong
+        self.largest = max(self.largest, folded.largest)
+        add_places(self.places, folded.places)
+
+
+def _pairs(
+    headers: tuple[Header, Header], parameters: Mapping[str, Parameter], maps: AxisMaps
+) -> tuple[list[Pair], list[TensorDifference]]:
+    """Each grown tensor with its source, and what has no counterpart."""
+    source, grown = headers
+    architecture = architecture_of(source.config)
+    rows = list(grown_rows(source, architecture, parameters, tied_after=architecture.is_tied(grown.config)))
+    growths = {text: TensorGrowth.of(parse(text), maps) for text in {row.notation for row in rows}}
+    pairs, problems = [], []
+    for row in rows:
+        old, new = source.tensors[row.source], grown.tensors.get(row.name)
+        if new is None:
+            problems.append(TensorDifference(row.name, "missing from the grown checkpoint"))
+        elif new.dtype != old.dtype:
+            problems.append(TensorDifference(row.name, f"stored as {new.dtype}, in the source as {old.dtype}"))
+        else:
+            pairs.append(Pair(old, new, parse(row.notation), growths[row.notation]))
+    unknown = grown.tensors.keys() - {row.name for row in rows}
+    return pairs, problems + [TensorDifference(name, "nothing in the source grows into it") for name in sorted(unknown)]
+
+
+def _require_comparable(headers: tuple[Header, Header], before: Sizes, after: Sizes) -> None:
+    source, grown = headers
+    kinds = [architecture_of(header.config).name for header in headers]
+    fixed = {
+        "architecture": kinds,
+        "vocabulary": (before.vocab, after.vocab),
+        "layers": (before.num_layers, after.num_layers),
+        "head_dim": (before.head_dim, after.head_dim),
+    }
+    problems = [f"{what} {a} and {b}" for what, (a, b) in fixed.items() if a != b]
+    if problems:
+        raise CompareError(
+            f"{source.directory} and {grown.directory} have {', '.join(problems)}, which growth never changes, so "
+            "their weights cannot be folded onto each other; what they compute over the same vocabulary can be: "
+            "gdagrow diff without --weights"
+        )

@@ -30,6 +30,8 @@ from gdagrow.formats.safetensors_header import read_header
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 
+# A shell starts background jobs with Ctrl-C ignored, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 source, target = map(Path, sys.argv[1:])
 print("ready", flush=True)
 while sys.stdin.readline():

@@ -31,10 +31,12 @@ def start(code: str, *arguments: Path) -> subprocess.Popen[str]:
 
 
 HOLD = """
-    import sys
+    import signal, sys
     from pathlib import Path
     from gdagrow.errors import OutputError
     from gdagrow.formats.publish import staged
+    # A shell starts background jobs with Ctrl-C ignored, and what they start inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with staged(Path(sys.argv[1])) as partial:
             (partial / "from").write_text(sys.argv[2])

@@ -13,7 +13,7 @@ from gdagrow.heads import MAX_COPIES, Ratio
 WIDTH_AXES = ("signal", "noise", "kv", "hidden", "ffn")
 
 # The default noise is 40 dB below the weights (1% of each, in amplitude): just above the grid of bf16 (0.4 to 0.8%),
-# the coarsest stored dtype, so every weight's copies part there too, and the least that was seen to part all copies.
+# the coarsest stored dtype, so copies part there too; enough to part all of them (tests/numerics/test_symmetry.py).
 DEFAULT_SNR_DB = 40.0
 
 

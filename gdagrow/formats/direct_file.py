@@ -1,7 +1,7 @@
 """A new file written front to back, past the page cache where the file system lets it.
 
-Measured on ext4, blocks of 8 MiB written directly reach the disk faster than through the page cache and cost less
-processor time, which growing and hashing need.
+Filling the page cache costs processor time that growing and hashing need: on ext4 a whole expand, hashing included, took
+less of it than `dd` through the cache mostly took for the same bytes (docs/benchmarks.md).
 """
 
 import errno

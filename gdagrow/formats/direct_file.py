@@ -1,7 +1,7 @@
 """A new file written front to back, past the page cache where the file system lets it.
 
-Filling the page cache costs processor time that growing and hashing need: on ext4 a whole expand, hashing included, took
-less of it than `dd` through the cache mostly took for the same bytes (docs/benchmarks.md).
+Filling the page cache costs processor time that growing and hashing need: on ext4 a whole expand, hashing included,
+took less of it than `dd` through the cache mostly took for the same bytes (docs/benchmarks.md).
 """
 
 import errno

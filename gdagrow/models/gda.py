@@ -1,7 +1,7 @@
 """A language model with grouped differential attention (GDA), in the checkpoint layout of the Motif family."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,20 @@ from gdagrow.formats.safetensors_header import SINGLE_FILE, read_header
 from gdagrow.formats.safetensors_reader import TORCH_DTYPES, TensorReader
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
-from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaBlock, GdaMlp, Projection, RmsNorm, at_least_float32
+from gdagrow.models.layers import (
+    PROJECTIONS,
+    GdaAttention,
+    GdaBlock,
+    GdaMlp,
+    LayerCache,
+    Projection,
+    RmsNorm,
+    at_least_float32,
+)
 
 __all__ = [
     "GdaAttention", "GdaBlock", "GdaConfig", "GdaMlp", "GdaModel", "GdaOutput",
-    "init_weights", "load_model", "save_model",
+    "LayerCache", "init_weights", "load_model", "save_model",
 ]  # fmt: skip
 
 
@@ -39,10 +48,10 @@ class GdaBackbone(nn.Module):
         self.layers = nn.ModuleList(GdaBlock(config, index, bias) for index in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
         hidden: Tensor = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            hidden = layer(hidden)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, caches[index] if caches else None)
         output: Tensor = self.norm(hidden)
         return output
 
@@ -69,14 +78,17 @@ class GdaModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> GdaOutput:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, caches: Sequence[LayerCache] | None = None
+    ) -> GdaOutput:
         """Logits, and the mean cross-entropy in nats of `labels`, shifted here (-100 is left out).
 
         Args:
             input_ids: `[batch, positions]`, integers below `vocab_size`.
             labels: the same shape, usually `input_ids` itself.
+            caches: one for each layer: `input_ids` then goes on after what they hold, and is added to them.
         """
-        hidden = self.model(input_ids)
+        hidden = self.model(input_ids, caches)
         logits = F.linear(hidden, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
         if labels is None:
             return GdaOutput(logits, None)

@@ -7,6 +7,7 @@ than the activations, such as float32 lambdas beside bf16 matrices, are cast whe
 
 from collections.abc import Collection
 from math import exp
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +30,15 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rotary_table(num_positions: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE for positions 0, 1, ..., each `[num_positions, 1, head_dim / 2]`.
+def rotary_table(positions: range, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, each `[positions, 1, head_dim / 2]`.
 
     Angles are made in float64, since a float32 angle at position 30000 is off by 1e-3, and made anew at every call: a
     non-persistent buffer would be garbage after a meta-device load.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=like.device) / head_dim
-    positions = torch.arange(num_positions, dtype=torch.float64, device=like.device)
-    angles = torch.outer(positions, theta**-exponents)[:, None]
+    steps = torch.arange(positions.start, positions.stop, dtype=torch.float64, device=like.device)
+    angles = torch.outer(steps, theta**-exponents)[:, None]
     dtype = at_least_float32(like.dtype)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -94,6 +95,39 @@ class PolyNorm(nn.Module):
         return output.to(x.dtype)
 
 
+class Projected(NamedTuple):
+    """One layer's queries, keys and values, RoPE applied, `[batch, positions, heads, width]` each.
+
+    There are `N * r` signal and `N` noise queries, and `C` signal keys, noise keys and values (of width `2 head_dim`).
+    """
+
+    signal: Tensor
+    noise: Tensor
+    signal_keys: Tensor
+    noise_keys: Tensor
+    values: Tensor
+
+
+class LayerCache:
+    """The keys and values of one layer's earlier positions, to decode token by token."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions that are cached."""
+        return 0 if self._keys is None else self._keys.shape[1]
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add positions, `[batch, positions, heads, width]`; returns all there are."""
+        if self._keys is not None and self._values is not None:
+            keys, values = torch.cat((self._keys, keys), 1), torch.cat((self._values, values), 1)
+        self._keys, self._values = keys, values
+        return keys, values
+
+
 class GdaAttention(nn.Module):
     """Grouped differential attention of one layer (arXiv:2510.06949), causal, over `[batch, positions, hidden]`.
 
@@ -118,23 +152,39 @@ class GdaAttention(nn.Module):
         self.lambda_k2 = nn.Parameter(torch.zeros(head_dim))
         self.subln = RmsNorm(2 * head_dim, config.attn_rms_norm_eps)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
+        output: Tensor = self.o_proj(self.difference(*self.attend(self.project(hidden, cache))))
+        return output
+
+    def project(self, hidden: Tensor, cache: LayerCache | None = None) -> Projected:
+        """Queries of `hidden`'s positions; keys and values of these and, before them, of those in the cache."""
         config = self.config
         lead, head_dim = hidden.shape[:2], config.head_dim
-        cos, sin = rotary_table(lead[1], head_dim, config.rope_theta, hidden)
+        past = 0 if cache is None else cache.length
+        cos, sin = rotary_table(range(past, past + lead[1]), head_dim, config.rope_theta, hidden)
         queries = rotate(self.q_proj(hidden).view(*lead, -1, head_dim), cos, sin)
         queries = queries.view(*lead, config.num_groups, config.ratio + 1, head_dim)
         keys = rotate(self.k_proj(hidden).view(*lead, -1, head_dim), cos, sin)
         values = self.v_proj(hidden).view(*lead, config.num_kv_groups, 2 * head_dim)
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
+        return Projected(
+            queries[..., :-1, :].flatten(2, 3), queries[..., -1, :], keys[..., 0::2, :], keys[..., 1::2, :], values
+        )
 
-        signal = self._attend(queries[..., :-1, :].flatten(2, 3), keys[..., 0::2, :], values)
-        noise = self._attend(queries[..., -1, :], keys[..., 1::2, :], values)
-        dtype = at_least_float32(hidden.dtype)
-        signal = signal.to(dtype).view(lead[0], config.num_groups, config.ratio, lead[1], 2 * head_dim)
-        difference = signal - self.current_lambda(dtype) * noise.to(dtype).unsqueeze(2)
-        heads = (self.subln(difference) * (1 - self.lambda_init)).to(hidden.dtype)
-        output: Tensor = self.o_proj(heads.flatten(1, 2).transpose(1, 2).flatten(2))
-        return output
+    def attend(self, projected: Projected) -> tuple[Tensor, Tensor]:
+        """What signal heads and noise heads read, `[batch, heads, positions, 2 head_dim]` each."""
+        signal = self._attend(projected.signal, projected.signal_keys, projected.values)
+        return signal, self._attend(projected.noise, projected.noise_keys, projected.values)
+
+    def difference(self, signal: Tensor, noise: Tensor) -> Tensor:
+        """What `o_proj` reads, `[batch, positions, signal heads * 2 head_dim]`: the normed difference of each head."""
+        config, dtype = self.config, at_least_float32(signal.dtype)
+        batch, _, *rest = signal.shape
+        grouped = signal.to(dtype).view(batch, config.num_groups, config.ratio, *rest)
+        difference = grouped - self.current_lambda(dtype) * noise.to(dtype).unsqueeze(2)
+        heads: Tensor = (self.subln(difference) * (1 - self.lambda_init)).to(signal.dtype)
+        return heads.flatten(1, 2).transpose(1, 2).flatten(2)
 
     def current_lambda(self, dtype: torch.dtype) -> Tensor:
         """`exp(q1 . k1) - exp(q2 . k2) + lambda_init`, a scalar of `dtype`."""
@@ -144,14 +194,19 @@ class GdaAttention(nn.Module):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Causal softmax attention; all `[batch, positions, heads, width]`, result `[batch, heads, positions, 2D]`."""
-        head_dim = self.config.head_dim
+        head_dim, past = self.config.head_dim, keys.shape[1] - queries.shape[1]
+        # torch's own causal mask would let the first query see only the first key.
+        mask = None
+        if past and queries.shape[1] > 1:
+            mask = queries.new_ones((queries.shape[1], keys.shape[1]), dtype=torch.bool).tril(past)
         # Zeros leave the scores alone, and equal widths keep the fast kernel, which falls back silently otherwise.
         queries, keys = F.pad(queries, (0, head_dim)), F.pad(keys, (0, head_dim))
         return F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=not past,
             scale=head_dim**-0.5,
             enable_gqa=True,
         )
@@ -187,7 +242,7 @@ class GdaBlock(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden))
+    def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cache)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gdagrow.models.gda import GdaConfig, GdaModel, init_weights
+from gdagrow.models.gda import GdaConfig, GdaModel, LayerCache, init_weights
 from gdagrow.models.layers import PROJECTIONS, PolyNorm, RmsNorm
+from tests.growths import RANDOM
 from tests.reference import reference_logits
 
 # Rounding in float64 (2.2e-16) adds up over a few hundred dependent operations in three layers; 4500 times eps.
@@ -213,3 +214,17 @@ def test_init_depends_on_the_seed_only() -> None:
     assert not torch.equal(first[name], other[name])
     assert float(first[name].std()) == pytest.approx(0.02, rel=0.1)
     assert first["model.layers.0.mlp.act_fn.weight"].tolist() == pytest.approx([1 / 3] * 3)
+
+
+@settings(RANDOM, max_examples=30)
+@given(cases(), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_pieces_of_a_text_through_the_cache_are_the_whole_text(case: Case, pieces: list[int]) -> None:
+    """Any cut of the text into pieces, one token or several at a time, gives the logits of all at once."""
+    model = case.model()
+    ids = torch.randint(case.config["vocab_size"], (2, sum(pieces)), generator=torch.Generator().manual_seed(case.seed))
+    caches = [LayerCache() for _ in range(case.config["num_hidden_layers"])]
+    with torch.no_grad():
+        whole = model(ids).logits
+        found = torch.cat([model(part, caches=caches).logits for part in ids.split(pieces, dim=1)], dim=1)
+    assert [cache.length for cache in caches] == [sum(pieces)] * len(caches)
+    assert (found - whole).abs().max() <= FLOAT64_TOLERANCE * whole.abs().max()

@@ -1,6 +1,8 @@
-"""A forward pass straight from a checkpoint's files, with one layer in memory at a time."""
+"""A forward pass straight from a checkpoint's files, with one half of a layer in memory at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
+from types import TracebackType
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,92 +11,131 @@ from gdagrow.archs import architecture_of
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
-from gdagrow.models.layers import PROJECTIONS, GdaBlock, RmsNorm
+from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaMlp, LayerCache, RmsNorm
 from gdagrow.plan import claim
 
-# Elements of the head's weight, and of the logits, that are in memory at a time.
-_HEAD_ELEMENTS = 2**24
+# Elements of a head's weight to read at a time.
+HEAD_ELEMENTS = 2**24
 
+Inner = TypeVar("Inner", GdaAttention, GdaMlp)
 Hook = Callable[[nn.Module, object, Tensor], Tensor]
 
 
+class Branch(nn.Module, Generic[Inner]):
+    """One half of a layer: a norm, and the attention or MLP whose output is added to the residual stream.
+
+    names: The checkpoint's name of every parameter, by its name here.
+    """
+
+    norm: RmsNorm
+    inner: Inner
+
+    def __init__(self, norm: RmsNorm, inner: Inner, names: dict[str, str]) -> None:
+        super().__init__()
+        self.norm, self.inner, self.names = norm, inner, names
+
+    def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
+        normed = self.norm(hidden)
+        output: Tensor = self.inner(normed) if cache is None else self.inner(normed, cache)
+        return hidden + output
+
+
 class StreamedModel:
-    """The reference GDA model over a checkpoint's files; each part is read when its turn comes and dropped after it.
+    """The reference GDA model over a checkpoint's files; each part is read when its turn comes and dropped by its user.
+
+    A context manager, which holds the files open.
 
     Args:
         header: The checkpoint; its tensors are held against the architecture's table first.
         dtype: Dtype of every weight and activation.
         device: Where the arithmetic is done.
+        hook: A forward hook on every projection and norm.
 
     Raises:
         CheckpointError: the checkpoint does not fit its table, or the reference model cannot run its config.
     """
 
-    def __init__(self, header: Header, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, header: Header, *, dtype: torch.dtype, device: str, hook: Hook | None = None) -> None:
         architecture = architecture_of(header.config)
         self.sizes = architecture.sizes(header.config)
         claim(header, architecture, self.sizes)
-        self._config = GdaConfig.from_dict(header.config)
-        self._header, self._dtype, self._device = header, dtype, device
+        self.config = GdaConfig.from_dict(header.config)
         self._embedding = architecture.embedding
         self._head = architecture.embedding if architecture.is_tied(header.config) else architecture.head
         self._last_norm = architecture.last_norm
+        self._header, self._dtype, self._device, self._hook = header, dtype, device, hook
+        self._reader = TensorReader(header)
 
-    def hidden_states(self, tokens: Tensor, hook: Hook | None = None) -> Iterator[Tensor]:
-        """Yield the residual stream, `[seqs, length, hidden]`: the embedding's, each layer's, the last norm's.
+    def __enter__(self) -> Self:
+        return self
 
-        Args:
-            tokens: int64 `[seqs, length]`.
-            hook: A forward hook on every projection and norm.
-        """
-        with TensorReader(self._header) as reader:
-            rows, places = torch.unique(tokens, return_inverse=True)
-            # Only the rows that occur are read.
-            embedding = reader.tensor(self._embedding)[rows]
-            hidden = embedding.to(self._device, self._dtype)[places.to(self._device)]
-            yield hidden
-            for layer in range(self.sizes.num_layers):
-                hidden = self._block(reader, layer, hook)(hidden)
-                yield hidden
-            norm = _loaded(
-                RmsNorm, self.sizes.hidden, self._config.rms_norm_eps, state=self._state(reader, self._last_norm)
-            )
-            hidden = _hooked(norm, hook)(hidden)
-            yield hidden
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
 
-    def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the logits of normed hidden states, `[few, hidden]` each, a block `[few, vocab]` for each of them."""
-        with TensorReader(self._header) as reader:
-            step = max(1, _HEAD_ELEMENTS // self.sizes.hidden)
-            for states in hidden:
-                parts = []
-                for begin in range(0, self.sizes.vocab, step):
-                    rows = reader.rows(self._head, begin, min(begin + step, self.sizes.vocab))
-                    parts.append(states @ rows.to(self._device, self._dtype).T)
-                yield torch.cat(parts, dim=-1)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream before the first layer, `[seqs, length, hidden]`, of int64 `[seqs, length]`."""
+        rows, places = torch.unique(tokens, return_inverse=True)
+        # Only the rows that occur are read.
+        embedding = self._reader.tensor(self._embedding)[rows]
+        return embedding.to(self._device, self._dtype)[places.to(self._device)]
 
-    def _block(self, reader: TensorReader, layer: int, hook: Hook | None) -> nn.Module:
-        prefix = f"model.layers.{layer}."
-        state = {name: value for full in self._header.tensors if full.startswith(prefix)
-                 for name, value in self._state(reader, full, prefix).items()}  # fmt: skip
-        bias = {name.split(".")[-2] for name in state if name.endswith(".bias")} & PROJECTIONS
-        return _hooked(_loaded(GdaBlock, self._config, layer, bias, state=state), hook)
+    def attention(self, layer: int) -> Branch[GdaAttention]:
+        """The attention of a layer and the norm before it."""
+        bias = self._biases(prefix := f"model.layers.{layer}.self_attn.")
+        with torch.device("meta"):
+            inner = GdaAttention(self.config, layer, bias)
+        return self._branch(f"model.layers.{layer}.input_layernorm.", prefix, inner)
 
-    def _state(self, reader: TensorReader, name: str, prefix: str = "") -> dict[str, Tensor]:
-        short = name[len(prefix) :] if prefix else name.rpartition(".")[2]
-        return {short: reader.tensor(name).to(self._device, self._dtype)}
+    def mlp(self, layer: int) -> Branch[GdaMlp]:
+        """The MLP of a layer and the norm before it."""
+        bias = self._biases(prefix := f"model.layers.{layer}.mlp.")
+        with torch.device("meta"):
+            inner = GdaMlp(self.config, bias)
+        return self._branch(f"model.layers.{layer}.post_attention_layernorm.", prefix, inner)
 
+    def branches(self) -> Iterator[Branch[GdaAttention] | Branch[GdaMlp]]:
+        """Every half of every layer, in order."""
+        for layer in range(self.sizes.num_layers):
+            yield self.attention(layer)
+            yield self.mlp(layer)
 
-def _loaded(kind: type[nn.Module], *arguments: object, state: dict[str, Tensor]) -> nn.Module:
-    with torch.device("meta"):
-        module = kind(*arguments)
-    module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False)
+    def last_norm(self) -> RmsNorm:
+        """The norm before the head."""
+        with torch.device("meta"):
+            norm = RmsNorm(self.sizes.hidden, self.config.rms_norm_eps)
+        norm.load_state_dict({"weight": self._weight(self._last_norm)}, assign=True)
+        self._prepare(norm)
+        return norm
 
+    def head_rows(self, step: int) -> Iterator[Tensor]:
+        """The head's weight, `[step, hidden]` at a time."""
+        for begin in range(0, self.sizes.vocab, step):
+            rows = self._reader.rows(self._head, begin, min(begin + step, self.sizes.vocab))
+            yield rows.to(self._device, self._dtype)
 
-def _hooked(module: nn.Module, hook: Hook | None) -> nn.Module:
-    if hook is not None:
-        for part in module.modules():
-            if isinstance(part, (nn.Linear, RmsNorm)):
-                part.register_forward_hook(hook)
-    return module
+    def _biases(self, prefix: str) -> Collection[str]:
+        return {name for name in PROJECTIONS if f"{prefix}{name}.bias" in self._header.tensors}
+
+    def _branch(self, norm_prefix: str, prefix: str, inner: Inner) -> Branch[Inner]:
+        with torch.device("meta"):
+            branch = Branch(RmsNorm(self.sizes.hidden, self.config.rms_norm_eps), inner, {})
+        branch.names = {
+            local: (norm_prefix if local.startswith("norm.") else prefix) + local.partition(".")[2]
+            for local, _ in branch.named_parameters()
+        }
+        state = {local: self._weight(name) for local, name in branch.names.items()}
+        branch.load_state_dict(state, assign=True)
+        self._prepare(branch)
+        return branch
+
+    def _weight(self, name: str) -> Tensor:
+        return self._reader.tensor(name).to(self._device, self._dtype)
+
+    def _prepare(self, module: nn.Module) -> None:
+        module.requires_grad_(False)
+        if self._hook is not None:
+            for part in module.modules():
+                if isinstance(part, (nn.Linear, RmsNorm)):
+                    part.register_forward_hook(self._hook)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdagrow.archs import Sizes
+from gdagrow.archs import Sizes, architecture_of
 from gdagrow.axes import AxisMaps, IndexMap
 from gdagrow.errors import CheckpointError, CompareError, PlanError
+from gdagrow.header import Header
 from gdagrow.heads import MAX_COPIES, HeadGrowth, Ratio, axis_maps, grow_heads
 from gdagrow.record import RECORD_FILE, read_record
 
@@ -35,6 +36,42 @@ class _Step:
 
 # Groups, signal heads to a group, KV groups, hidden, FFN.
 _Widths = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The maps from a source's indices to a grown model's, and the file that they come from."""
+
+    maps: AxisMaps
+    origin: str
+
+
+def lineage_of(source: Header, grown: Header, *, untied: bool = False) -> Lineage:
+    """Find the maps that lead from one checkpoint to another.
+
+    Args:
+        source, grown: The checkpoints.
+        untied: Whether the source's embeddings are tied and the grown model's are not, and the maps are for weights.
+
+    Raises:
+        CheckpointError: there is a `growth.json` that does not fit.
+        CompareError: the models differ in what growth never changes, or there are no such maps; says which sizes.
+    """
+    architectures = [architecture_of(header.config) for header in (source, grown)]
+    before, after = (a.sizes(header.config) for a, header in zip(architectures, (source, grown), strict=True))
+    fixed = {
+        "architecture": tuple(a.name for a in architectures),
+        "vocabulary": (before.vocab, after.vocab),
+        "layers": (before.num_layers, after.num_layers),
+        "head_dim": (before.head_dim, after.head_dim),
+    }
+    problems = [f"{what} {a} and {b}" for what, (a, b) in fixed.items() if a != b]
+    if problems:
+        raise CompareError(
+            f"{source.directory} and {grown.directory} have {', '.join(problems)}, which growth never changes"
+        )
+    recorded = recorded_maps(grown.directory, before, after, untied=untied)
+    return Lineage(recorded, RECORD_FILE) if recorded else Lineage(inferred_maps(before, after), "config.json")
 
 
 def recorded_maps(grown: Path, before: Sizes, after: Sizes, *, untied: bool) -> AxisMaps | None:
@@ -171,8 +208,8 @@ def inferred_maps(before: Sizes, after: Sizes) -> AxisMaps:
             problems = [f"signal heads {old.num_signal_heads} to {new.num_signal_heads}"]
     if problems:
         raise CompareError(
-            f"weights cannot be folded back without a {RECORD_FILE}, since no whole factors lead from "
-            f"{', '.join(problems)}; what the models compute can be compared: gdagrow diff without --weights"
+            f"there is no {RECORD_FILE} that says how the one grew into the other, and no whole factors lead from "
+            f"{', '.join(problems)}"
         )
     return _axis_maps(heads, IndexMap.tile(before.hidden, after.hidden // before.hidden),
                       IndexMap.tile(before.ffn, after.ffn // before.ffn), before)  # fmt: skip

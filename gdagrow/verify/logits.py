@@ -1,27 +1,30 @@
-"""Compare what two checkpoints compute: their logits on the same tokens, against a budget for rounding alone."""
+"""Compare what two checkpoints compute on the same tokens, part by part, against a budget for rounding alone."""
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import prod, sqrt
+from itertools import zip_longest
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gdagrow.archs import architecture_of
-from gdagrow.errors import CompareError
+from gdagrow.errors import CheckpointError, CompareError
 from gdagrow.formats.safetensors_header import read_header
-from gdagrow.header import Header
-from gdagrow.models.layers import at_least_float32
+from gdagrow.header import ITEM_BYTES, Header
+from gdagrow.verify.decode import Decoding, decode
+from gdagrow.verify.figures import LogitFigures
 from gdagrow.verify.forward import StreamedModel
+from gdagrow.verify.lineage import lineage_of
+from gdagrow.verify.parts import PartDifference, PartMeter, parts_of
+from gdagrow.verify.rounding import Disturbance, rounding_budget
 
-# By Higham and Mary (2019) a sum of n terms errs by more than `8 * sqrt(n)` roundings with probability 3e-14.
-_CERTAINTY = 8.0
+_PROMPT_LENGTH = 32
 
-# Logits of both models that are in memory at a time.
-_LOGIT_ELEMENTS = 2**24
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,22 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two models' logits differ.
+    """How two models differ in what they compute.
 
-    equivalent: Whether `max_rel` is within `tolerance`.
+    equivalent: Whether the logits are within `tolerance`, and greedy decoding writes the same tokens.
     max_abs: The largest absolute difference of a logit.
     max_rel: The same over the source's largest absolute logit.
     kl: Mean KL divergence from source to grown, nats per position.
-    top1_agreement: Share of positions with the same most likely token.
+    top1_agreement: Share of positions where the grown model's most likely token is one of the source's.
+    source_loss, grown_loss: Mean cross-entropy of the next tokens, nats; None for sequences of one token.
     tolerance: What rounding alone may do to `max_rel` (see `rounding_budget`).
     condition: How much of a relative disturbance of every layer's arithmetic reaches the source's logits, measured.
+    longest_sum, rounds_weights: What else the tolerance was made from.
     dtype: Dtype of the arithmetic.
     num_sequences, length: The tokens compared.
+    parts: Every part of every layer, in the order of the arithmetic; empty if there is no way to map them.
+    parts_not_compared: Why there is none, or None.
+    decoding: What both models wrote, if that was asked for.
     changes: Structural changes.
     """
 
@@ -54,17 +62,38 @@ class Comparison:
     max_rel: float
     kl: float
     top1_agreement: float
+    source_loss: float | None
+    grown_loss: float | None
     tolerance: float
     condition: float
+    longest_sum: int
+    rounds_weights: bool
     dtype: str
     num_sequences: int
     length: int
+    parts: tuple[PartDifference, ...]
+    parts_not_compared: str | None
+    decoding: Decoding | None
     changes: tuple[Change, ...]
+
+    @property
+    def first_difference(self) -> PartDifference | None:
+        """The first part, in the order of the arithmetic, that rounding does not explain."""
+        return next((part for part in self.parts if not part.agrees), None)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite (a broken model's figures) becomes None."""
-        return {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in asdict(self).items()}  # fmt: skip
+        first = self.first_difference
+        content = {**asdict(self), "first_difference": asdict(first) if first else None}
+        return {key: _finite(value) for key, value in content.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def compare(
@@ -74,15 +103,17 @@ def compare(
     *,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
+    num_decoded: int = 0,
+    progress: Progress | None = None,
 ) -> Comparison:
-    """Run two checkpoints on the same tokens, one layer of one of them in memory at a time.
+    """Run two checkpoints side by side on the same tokens, half a layer of each in memory at a time.
 
     Args:
         source, grown: Checkpoint directories.
         tokens: int64 `[seqs, length]`.
         dtype: Dtype of the arithmetic; float64 shows the weights, a shorter one its own rounding.
         device: Where it is done.
+        num_decoded: Tokens that both models write, greedily and through their caches, after the first tokens.
         progress: Told what is being run.
 
     Raises:
@@ -90,94 +121,108 @@ def compare(
         CompareError: the models have different vocabularies, or the source's logits are not finite.
     """
     headers = read_header(source), read_header(grown)
-    before, after = (StreamedModel(header, dtype=dtype, device=device) for header in headers)
-    if before.sizes.vocab != after.sizes.vocab:
-        raise CompareError(
-            f"{source} has a vocabulary of {before.sizes.vocab} tokens and {grown} one of {after.sizes.vocab}; "
-            "logits can only be compared over the same one"
-        )
     report = progress or (lambda _: None)
-    noise = _Disturbance(len(tokens), dtype)
-    # The source runs twice in one batch, the second time with every projection and norm disturbed a little.
-    pair = _run(before, tokens.repeat(2, 1), lambda part: report(f"source {part}"), noise)
-    states = pair[: len(tokens)], pair[len(tokens) :], _run(after, tokens, lambda part: report(f"grown {part}"), None)
-    report("logits")
-    figures = _Figures()
-    step = max(1, _LOGIT_ELEMENTS // before.sizes.vocab)
-    blocks = [torch.split(state.flatten(0, 1), step) for state in states]
-    for clean, disturbed, other in zip(
-        before.logits(blocks[0]), before.logits(blocks[1]), after.logits(blocks[2]), strict=True
+    noise = Disturbance(len(tokens), dtype)
+    with (
+        torch.no_grad(),
+        StreamedModel(headers[0], dtype=dtype, device=device, hook=noise) as before,
+        StreamedModel(headers[1], dtype=dtype, device=device) as after,
     ):
-        figures.add(clean.double(), disturbed.double(), other.double())
-    if not math.isfinite(figures.largest):
-        raise CompareError(f"{source}: the model's own logits are not finite, so there is nothing to compare with")
-    condition = figures.disturbed / figures.largest / noise.size
-    tolerance = rounding_budget(dtype, max(after.sizes.hidden, after.sizes.ffn, before.sizes.ffn), condition)
-    max_rel = figures.apart / figures.largest
+        _require_same_vocabulary(headers, before, after)
+        longest, rounds = _longest_sum(before, after, tokens.shape[1]), _rounds_weights(headers, dtype)
+        meter, reason = None, None
+        try:
+            maps = lineage_of(*headers).maps
+            meter = PartMeter(
+                maps, before.sizes, after.sizes, noise, dtype, longest, rounds_weights=rounds, device=device
+            )
+        except (CheckpointError, CompareError) as error:
+            reason = str(error)
+        run = _Run(before, after, noise, meter, report)
+        figures = run.figures(tokens)
+        if not math.isfinite(figures.largest):
+            raise CompareError(f"{source}: the model's own logits are not finite, so there is nothing to compare with")
+        condition = noise.condition_of(figures.disturbed, figures.largest)
+        tolerance = rounding_budget(dtype, longest, condition, rounds_weights=rounds)
+        decoding = None
+        if num_decoded:
+            prompt = tokens[:1, :_PROMPT_LENGTH]
+            decoding = decode(before, after, prompt, num_decoded, tolerance=tolerance, progress=report)
+    max_rel, targets = figures.apart / figures.largest, figures.num_targets
     return Comparison(
-        equivalent=max_rel <= tolerance, max_abs=figures.apart, max_rel=max_rel, kl=figures.kl / figures.count,
-        top1_agreement=figures.agreed / figures.count, tolerance=tolerance, condition=condition,
+        equivalent=max_rel <= tolerance and (decoding is None or decoding.same),
+        max_abs=figures.apart, max_rel=max_rel, kl=figures.kl / figures.num_positions,
+        top1_agreement=figures.agreed / figures.num_positions,
+        source_loss=figures.source_loss / targets if targets else None,
+        grown_loss=figures.grown_loss / targets if targets else None,
+        tolerance=tolerance, condition=condition, longest_sum=longest, rounds_weights=rounds,
         dtype=str(dtype).removeprefix("torch."), num_sequences=len(tokens), length=tokens.shape[1],
+        parts=tuple(meter.found) if meter else (), parts_not_compared=reason, decoding=decoding,
         changes=_changes(*headers),
     )  # fmt: skip
 
 
-def rounding_budget(dtype: torch.dtype, longest_sum: int, condition: float) -> float:
-    """The relative difference of logits that rounding alone may cause between two ways to compute them.
+class _Run:
+    """Both models on the same tokens, side by side; behind the source's go the same again, disturbed."""
 
-    Every projection and norm errs by one rounding of its result in `dtype`, and by `sqrt(n)` roundings of the
-    accumulator for sums of `n` terms; the source's measured `condition` says how much of that reaches the logits.
-    """
-    stored, accumulated = torch.finfo(dtype).eps / 2, torch.finfo(at_least_float32(dtype)).eps / 2
-    return _CERTAINTY * condition * (stored + sqrt(longest_sum) * accumulated)
+    def __init__(
+        self, before: StreamedModel, after: StreamedModel, noise: Disturbance, meter: PartMeter | None, report: Progress
+    ) -> None:
+        self._before, self._after, self._noise, self._meter, self._report = before, after, noise, meter, report
 
+    def figures(self, tokens: Tensor) -> LogitFigures:
+        states = self._before.embed(tokens.repeat(2, 1)), self._after.embed(tokens)
+        self._measure(None, "embedding", *states)
+        for index, pair in enumerate(zip_longest(self._before.branches(), self._after.branches())):
+            layer, half = divmod(index, 2)
+            self._report(f"layer {layer + 1} of {max(m.sizes.num_layers for m in (self._before, self._after))}")
+            states = self._step(layer, pair, states)
+            if half:
+                self._measure(layer, "residual", *states)
+        clean, other = self._before.last_norm()(states[0]), self._after.last_norm()(states[1])
+        self._report("logits")
+        figures = LogitFigures()
+        targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], -1)), 1).to(clean.device)
+        flat = clean[: len(tokens)].flatten(0, 1), other.flatten(0, 1), clean[len(tokens) :].flatten(0, 1)
+        figures.add(self._before, self._after, flat, targets.flatten())
+        return figures
 
-class _Disturbance:
-    """A forward hook that disturbs the second half of a batch by `size`, relative to each position's own scale."""
+    def _step(self, layer: int, pair: tuple[Any, Any], states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Half a layer of each model, where it has one more."""
+        if self._meter is None or None in pair:
+            one, other = (
+                state if branch is None else branch(state) for branch, state in zip(pair, states, strict=True)
+            )
+            return self._noise.disturb(one), other
+        one, other = (parts_of(branch, state) for branch, state in zip(pair, states, strict=True))
+        for (part, source), (_, grown) in zip(one, other, strict=True):
+            self._measure(layer, part, source, grown)
+        return self._noise.disturb(states[0] + source), states[1] + grown
 
-    def __init__(self, num_clean: int, dtype: torch.dtype) -> None:
-        self._num_clean = num_clean
-        self._generator = torch.Generator().manual_seed(0)
-        self.size = sqrt(torch.finfo(dtype).eps)  # far above rounding, far below where the model bends
-
-    def __call__(self, _: nn.Module, __: object, output: Tensor) -> Tensor:
-        clean, disturbed = output[: self._num_clean], output[self._num_clean :]
-        noise = torch.randn(disturbed.shape, generator=self._generator, dtype=torch.float32).to(output)
-        scale = disturbed.square().mean(-1, keepdim=True).sqrt()
-        return torch.cat((clean, disturbed + noise * scale * self.size))
-
-
-class _Figures:
-    """Running figures over blocks of positions."""
-
-    def __init__(self) -> None:
-        self.largest = self.apart = self.disturbed = self.kl = self.agreed = 0.0
-        self.count = 0
-
-    def add(self, clean: Tensor, disturbed: Tensor, other: Tensor) -> None:
-        self.largest = _larger(self.largest, clean.abs().max())
-        self.apart = _larger(self.apart, (clean - other).abs().max())
-        self.disturbed = _larger(self.disturbed, (clean - disturbed).abs().max())
-        log_p, log_q = clean.log_softmax(-1), other.log_softmax(-1)
-        # Rounding may take a divergence of nothing below zero.
-        self.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).clamp_(min=0).sum())
-        self.agreed += float((clean.argmax(-1) == other.argmax(-1)).sum())
-        self.count += len(clean)
-
-
-def _larger(known: float, found: Tensor) -> float:
-    """The larger of two; NaN if either is, which `max` would lose."""
-    return math.nan if math.isnan(known) or found.isnan() else max(known, float(found))
+    def _measure(self, layer: int | None, part: str, source: Tensor, grown: Tensor) -> None:
+        if self._meter:
+            self._meter.add(layer, part, source, grown)
 
 
-def _run(model: StreamedModel, tokens: Tensor, report: Callable[[str], None], hook: _Disturbance | None) -> Tensor:
-    with torch.no_grad():
-        states = model.hidden_states(tokens, hook)
-        hidden = next(states)
-        for layer in range(1, model.sizes.num_layers + 1):
-            report(f"layer {layer} of {model.sizes.num_layers}")
-            hidden = next(states)
-        return next(states, hidden)
+def _require_same_vocabulary(headers: tuple[Header, Header], before: StreamedModel, after: StreamedModel) -> None:
+    if before.sizes.vocab != after.sizes.vocab:
+        source, grown = (header.directory for header in headers)
+        raise CompareError(
+            f"{source} has a vocabulary of {before.sizes.vocab} tokens and {grown} one of {after.sizes.vocab}: neither "
+            "logits nor weights can be compared, growth never changes the vocabulary; gdagrow inspect and gdagrow "
+            "stats show each model by itself"
+        )
+
+
+def _longest_sum(before: StreamedModel, after: StreamedModel, length: int) -> int:
+    """Terms of the longest sum: over features, over what `o_proj` and `down_proj` read, or over positions."""
+    widths = ((m.hidden, m.ffn, m.heads.num_signal_heads * 2 * m.head_dim) for m in (before.sizes, after.sizes))
+    return max(length, *(width for model in widths for width in model))
+
+
+def _rounds_weights(headers: tuple[Header, Header], dtype: torch.dtype) -> bool:
+    """Whether weights are stored with more bits than the arithmetic has."""
+    return any(ITEM_BYTES[info.dtype] > dtype.itemsize for header in headers for info in header.tensors.values())
 
 
 def _changes(source: Header, grown: Header) -> tuple[Change, ...]:

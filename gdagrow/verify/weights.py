@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gdagrow.archs import Parameter, Sizes, architecture_of
+from gdagrow.archs import Parameter, architecture_of
 from gdagrow.axes import AxisMaps, parse
 from gdagrow.errors import CompareError
 from gdagrow.formats.safetensors_header import read_header
@@ -14,8 +14,7 @@ from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header
 from gdagrow.plan import claim, grown_rows
-from gdagrow.record import RECORD_FILE
-from gdagrow.verify.lineage import inferred_maps, recorded_maps
+from gdagrow.verify.lineage import lineage_of
 from gdagrow.verify.settings import Setting, other_settings
 from gdagrow.verify.tensors import Folded, Folder, Pair, Place, PlaceKey, add_places
 
@@ -82,11 +81,15 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
     before, after = (architecture_of(header.config).sizes(header.config) for header in headers)
     claimed = [claim(header, architecture_of(header.config), sizes)
                for header, sizes in zip(headers, (before, after), strict=True)]  # fmt: skip
-    _require_comparable(headers, before, after)
     tied = [architecture_of(header.config).is_tied(header.config) for header in headers]
-    recorded = recorded_maps(grown, before, after, untied=tied[0] and not tied[1])
-    maps = recorded or inferred_maps(before, after)
-    pairs, differences = _pairs(headers, claimed[0], maps)
+    try:
+        lineage = lineage_of(*headers, untied=tied[0] and not tied[1])
+    except CompareError as error:
+        raise CompareError(
+            f"weights cannot be folded back: {error}; what the models compute over the same vocabulary can be "
+            "compared: gdagrow diff without --weights"
+        ) from None
+    pairs, differences = _pairs(headers, claimed[0], lineage.maps)
     wrong: dict[str, _Wrong] = {}
     with TensorReader(headers[0]) as old, TensorReader(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
@@ -98,7 +101,7 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
                     for name, w in wrong.items()]  # fmt: skip
     settings = other_settings(headers[0].config, headers[1].config)
     return Certificate(
-        equivalent=not differences and not settings, maps=RECORD_FILE if recorded else "config.json",
+        equivalent=not differences and not settings, maps=lineage.origin,
         num_tensors=len(pairs), num_elements=sum(pair.grown.num_elements for pair in pairs),
         differences=tuple(differences), settings=settings,
     )  # fmt: skip
@@ -137,21 +140,3 @@ def _pairs(
             pairs.append(Pair(old, new, parse(row.notation), growths[row.notation]))
     unknown = grown.tensors.keys() - {row.name for row in rows}
     return pairs, problems + [TensorDifference(name, "nothing in the source grows into it") for name in sorted(unknown)]
-
-
-def _require_comparable(headers: tuple[Header, Header], before: Sizes, after: Sizes) -> None:
-    source, grown = headers
-    kinds = [architecture_of(header.config).name for header in headers]
-    fixed = {
-        "architecture": kinds,
-        "vocabulary": (before.vocab, after.vocab),
-        "layers": (before.num_layers, after.num_layers),
-        "head_dim": (before.head_dim, after.head_dim),
-    }
-    problems = [f"{what} {a} and {b}" for what, (a, b) in fixed.items() if a != b]
-    if problems:
-        raise CompareError(
-            f"{source.directory} and {grown.directory} have {', '.join(problems)}, which growth never changes, so "
-            "their weights cannot be folded onto each other; what they compute over the same vocabulary can be: "
-            "gdagrow diff without --weights"
-        )

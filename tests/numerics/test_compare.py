@@ -15,7 +15,8 @@ from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.gda import load_model
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
-from gdagrow.verify.logits import compare, rounding_budget
+from gdagrow.verify.logits import compare
+from gdagrow.verify.rounding import rounding_budget
 from gdagrow.verify.tokens import random_tokens, text_tokens
 from tests.checkpoints import write_checkpoint
 

@@ -1,0 +1,49 @@
+"""What rounding alone may do to a result: a budget from the dtype, the lengths of sums and a measured condition."""
+
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from gdagrow.models.layers import at_least_float32
+
+# By Higham and Mary (2019) a sum of n terms errs by more than `8 * sqrt(n)` roundings with probability 3e-14.
+_CERTAINTY = 8.0
+
+
+def rounding_budget(dtype: torch.dtype, longest_sum: int, condition: float, *, rounds_weights: bool = False) -> float:
+    """The relative difference that rounding alone may cause between two ways to compute the same.
+
+    Every projection and norm errs by one rounding of its result in `dtype`, and by `sqrt(n)` roundings of the
+    accumulator for sums of `n` terms; weights that are stored with more bits than `dtype` has are rounded once more,
+    parts and whole differently. The measured `condition` says how much of that reaches the result.
+    """
+    stored, accumulated = torch.finfo(dtype).eps / 2, torch.finfo(at_least_float32(dtype)).eps / 2
+    return _CERTAINTY * condition * (stored * (1 + rounds_weights) + sqrt(longest_sum) * accumulated)
+
+
+class Disturbance:
+    """Disturbs the sequences after the first `num_clean` of a batch, by `size` relative to each position's own scale.
+
+    As a forward hook of every projection and norm it measures their condition: `condition_of` is how much of the
+    disturbance reached a result.
+    """
+
+    def __init__(self, num_clean: int, dtype: torch.dtype) -> None:
+        self.num_clean = num_clean
+        self._generator = torch.Generator().manual_seed(0)
+        self._size = sqrt(torch.finfo(dtype).eps)  # far above rounding, far below where the model bends
+
+    def __call__(self, _: nn.Module, __: object, output: Tensor) -> Tensor:
+        return self.disturb(output)
+
+    def disturb(self, states: Tensor) -> Tensor:
+        """The batch `[seqs, ..., width]` with its last sequences disturbed."""
+        clean, disturbed = states[: self.num_clean], states[self.num_clean :]
+        noise = torch.randn(disturbed.shape, generator=self._generator, dtype=torch.float32).to(states)
+        scale = disturbed.square().mean(-1, keepdim=True).sqrt()
+        return torch.cat((clean, disturbed + noise * scale * self._size))
+
+    def condition_of(self, apart: float, scale: float) -> float:
+        """The condition of a result of size `scale` that the disturbance changed by at most `apart`."""
+        return apart / scale / self._size

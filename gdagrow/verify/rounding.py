@@ -39,11 +39,16 @@ class Disturbance:
         return self.disturb(output)
 
     def disturb(self, states: Tensor) -> Tensor:
-        """The batch `[seqs, ..., width]` with its last sequences disturbed."""
-        clean, disturbed = states[: self.num_clean], states[self.num_clean :]
-        noise = torch.randn(disturbed.shape, generator=self._generator, dtype=torch.float32).to(states)
-        scale = disturbed.detach().square().mean(-1, keepdim=True).sqrt()
-        return torch.cat((clean, disturbed + noise * scale * self._size))
+        """The batch `[seqs, ..., width]` with its last sequences disturbed: in place, unless that is all of them."""
+        if not self.num_clean:
+            return torch.stack([sequence + self._noise_of(sequence) for sequence in states])
+        for sequence in states[self.num_clean :]:
+            sequence.add_(self._noise_of(sequence))
+        return states
+
+    def _noise_of(self, sequence: Tensor) -> Tensor:
+        noise = torch.randn(sequence.shape, generator=self._generator, dtype=torch.float32).to(sequence)
+        return noise.mul_(sequence.detach().square().mean(-1, keepdim=True).sqrt_().mul_(self._size))
 
     def condition_of(self, moved: float, scale: float) -> float:
         """The condition of a result of size `scale` that the disturbance moved by at most `moved`."""

@@ -53,11 +53,11 @@ class BackwardPass:
     def layers(self) -> Iterator[Gradients]:
         """Yield the gradients of the last norm, then of each half of a layer, the last first."""
         model = self._model
+        of_normed = torch.zeros_like(self._last)
+        of_normed[:, :-1] = self._gradient_of_normed().view(len(of_normed), -1, of_normed.shape[-1])
         norm = model.last_norm().requires_grad_()
         with torch.enable_grad():
             last = self._last.detach().requires_grad_()
-            of_normed = torch.zeros_like(last)
-            of_normed[:, :-1] = self._gradient_of_normed().view(len(last), -1, last.shape[-1])
             onward, of_norm = torch.autograd.grad(norm(last), [last, norm.weight], of_normed)
         yield {model.last_norm_name: of_norm}
         for layer in reversed(range(model.sizes.num_layers)):

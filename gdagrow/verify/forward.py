@@ -1,6 +1,6 @@
 """A forward pass straight from a checkpoint's files, with one half of a layer in memory at a time."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -43,8 +43,8 @@ class Branch(nn.Module, Generic[Inner]):
 class StreamedModel:
     """The reference GDA model over a checkpoint's files; each half of a layer is read when its turn comes.
 
-    A context manager, which holds the files open. All halves are read into the same memory: one is no longer what it
-    was once the next is asked for.
+    A context manager, which holds the files open. All weights are read into the same memory: what was read is no
+    longer what it was once the next is asked for.
 
     Args:
         header: The checkpoint; its tensors are held against the architecture's table first.
@@ -115,8 +115,8 @@ class StreamedModel:
     def head_rows(self, step: int) -> Iterator[Tensor]:
         """The head's weight, `[step, hidden]` at a time."""
         for begin in range(0, self.sizes.vocab, step):
-            rows = self._reader.rows(self.head_name, begin, min(begin + step, self.sizes.vocab))
-            yield rows.to(self._device, self._dtype)
+            (rows,) = self._cast([self._reader.rows(self.head_name, begin, min(begin + step, self.sizes.vocab))])
+            yield rows
 
     def _biases(self, prefix: str) -> Collection[str]:
         return {name for name in PROJECTIONS if f"{prefix}{name}.bias" in self._header.tensors}
@@ -133,17 +133,18 @@ class StreamedModel:
         return branch
 
     def _weights(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Stored tensors by their local names, cast, in memory used before: fresh pages take longer than the casts."""
-        stored = {local: self._reader.tensor(name) for local, name in names.items()}
-        num_elements = sum(weight.numel() for weight in stored.values())
-        if len(self._memory) < num_elements:
+        """Stored tensors by their local names, cast."""
+        stored = [self._reader.tensor(name) for name in names.values()]
+        return dict(zip(names, self._cast(stored), strict=True))
+
+    def _cast(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors in the model's dtype, in memory used before: fresh pages take longer than the casts."""
+        sizes = [weight.numel() for weight in stored]
+        if len(self._memory) < sum(sizes):
             self._memory = self._memory.new_empty(0)
-            self._memory = self._memory.new_empty(num_elements)
-        places = torch.split(self._memory[:num_elements], [weight.numel() for weight in stored.values()])
-        return {
-            local: place.view(weight.shape).copy_(weight)
-            for (local, weight), place in zip(stored.items(), places, strict=True)
-        }
+            self._memory = self._memory.new_empty(sum(sizes))
+        places = torch.split(self._memory[: sum(sizes)], sizes)
+        return [place.view(weight.shape).copy_(weight) for weight, place in zip(stored, places, strict=True)]
 
     def _prepare(self, module: nn.Module) -> None:
         module.requires_grad_(False)

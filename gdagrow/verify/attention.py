@@ -184,7 +184,7 @@ def _figures(maps: Tensor, block: range) -> Tensor:
     largest = share.topk(_rounded_up(block.stop, 5), -1).values.cumsum(-1)
     tops = (largest.gather(-1, (_rounded_up(visible, percent) - 1).expand(len(maps), -1)[..., None])[..., 0]
             for percent in (1, 5))  # fmt: skip
-    negative = (maps < 0).sum(-1) / visible
+    negative = (maps < 0).sum(-1, dtype=maps.dtype) / visible
     return torch.stack([torch.special.entr(share).sum(-1), *tops, negative]).cpu().double().sum(-1)
 
 

@@ -221,30 +221,32 @@ def grown_rows(
         yield GrownRow(head.name, architecture.embedding, head, head.notation)
 
 
+def why_moments_are_lost(row: GrownRow, architecture: Architecture, maps: AxisMaps, *, untied: bool) -> str | None:
+    """Why the optimizer moments of a grown tensor cannot be carried exactly, or None where they can.
+
+    `untied`: whether the source's embeddings are tied and the grown model's are not.
+    """
+    if untied and row.name == architecture.embedding:
+        return "its tied gradient was that of two parameters"
+    if untied and row.name == architecture.head:
+        return "it is new: the source's head was tied to the embedding"
+    unequal = sorted(maps.unequal & parse(row.notation).axes(read=False))
+    return f"copies along {', '.join(unequal)} serve unequal shares of what they served" if unequal else None
+
+
 def _tensor_plans(
     header: Header, recipe: Recipe, architecture: Architecture, parameters: dict[str, Parameter], maps: AxisMaps,
     tied_after: bool,
 ) -> Iterator[TensorPlan]:  # fmt: skip
-    lost = {architecture.embedding: "its tied gradient was that of two parameters",
-            architecture.head: "it is new: the source's head was tied to the embedding"}  # fmt: skip
     untied = architecture.is_tied(header.config) and not tied_after
     for row in grown_rows(header, architecture, parameters, tied_after=tied_after):
+        growth = TensorGrowth.of(parse(row.notation), maps)
         carries_split = row.notation != row.parameter.notation
-        yield _tensor_plan(
-            row.name, header.tensors[row.source], row.parameter.name, row.notation, row.parameter.part, maps,
-            noisy=not recipe.exact_copies and not carries_split, lost=lost.get(row.name) if untied else None,
+        read = (dim for dim, reads in zip(growth.dims, growth.reads, strict=True) if reads)
+        yield TensorPlan(
+            name=row.name, source=header.tensors[row.source], parameter=row.parameter.name, notation=row.notation,
+            part=row.parameter.part, growth=growth,
+            noisy=growth.splits and not recipe.exact_copies and not carries_split,
+            learning_rate_multiplier=prod((dim.old_size / dim.size for dim in read), start=1.0),
+            moments_lost=why_moments_are_lost(row, architecture, maps, untied=untied),
         )  # fmt: skip
-
-
-def _tensor_plan(
-    name: str, source: TensorInfo, parameter: str, notation: str, part: str, maps: AxisMaps, *, noisy: bool,
-    lost: str | None,
-) -> TensorPlan:  # fmt: skip
-    parsed = parse(notation)
-    growth = TensorGrowth.of(parsed, maps)
-    unequal = sorted(maps.unequal & parsed.axes(read=False))
-    if unequal and lost is None:
-        lost = f"copies along {', '.join(unequal)} serve unequal shares of what they served"
-    read = (dim for dim, reads in zip(growth.dims, growth.reads, strict=True) if reads)
-    multiplier = prod((dim.old_size / dim.size for dim in read), start=1.0)
-    return TensorPlan(name, source, parameter, notation, part, growth, noisy and growth.splits, multiplier, lost)

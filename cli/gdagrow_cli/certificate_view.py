@@ -7,39 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
-from gdagrow.errors import CompareError
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.verify.tensors import Place
 from gdagrow.verify.weights import Certificate, TensorDifference, check_weights
 from gdagrow_cli.console import print_json, printable, stderr_console, stdout_console
 from gdagrow_cli.plan_view import print_section
 
-_OF_A_RUN = ("seqs", "length", "seed", "text", "dtype", "device")
 _MAX_TENSORS = 12
-
-
-def require_alone(context: typer.Context) -> None:
-    """Refuse the options that say how to run models.
-
-    Raises:
-        CompareError: some of them were typed.
-    """
-    typed = [f"--{name}" for name in _OF_A_RUN if _is_typed(context, name)]
-    if typed:
-        raise CompareError(
-            f"--weights runs no model, so {', '.join(typed)} would do nothing; leave it out or --weights"
-        )
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def show_certificate(source: Path, grown: Path, *, as_json: bool) -> bool:

@@ -16,6 +16,7 @@ from gdagrow.errors import GdagrowError
 from gdagrow.layout import DEFAULT_MAX_SHARD_SIZE, parse_size
 from gdagrow.recipe import Recipe
 from gdagrow_cli.console import print_error
+from gdagrow_cli.evidence import require_one_evidence
 from gdagrow_cli.growth_flags import spread, takes_growth
 from gdagrow_cli.stopping import Stopped, stop_by_exception
 
@@ -118,6 +119,15 @@ def diff(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint that was grown.")],
     grown: Annotated[Path, typer.Argument(metavar="GROWN", help="What it was grown into.")],
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits",
+            metavar="",
+            show_default=False,
+            help="Run both models and compare what they compute; the default.",
+        ),
+    ] = False,
     weights: Annotated[
         bool,
         typer.Option(
@@ -127,31 +137,56 @@ def diff(
             help="Fold every grown tensor back onto the source instead, bit for bit; no model is run.",
         ),
     ] = False,
-    seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sequences.")] = 4,
-    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each.")] = 128,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients",
+            metavar="",
+            show_default=False,
+            help="Run both backward instead: are the gradients the source's, and whose moments can be carried?",
+        ),
+    ] = False,
+    seqs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of sequences: 4, for gradients 2 if left out.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens in each: 128, for gradients 32 if left out.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of random tokens; 0 if left out.")
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take the tokens of this text instead of random ones.")
     ] = None,
+    decode: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tokens for both to write, greedily and through their caches.")
+    ] = 4,
     dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = Dtype.float64,
     device: Annotated[str, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Compare the logits of two checkpoints on the same tokens, or with --weights the weights themselves.
+    """Compare two checkpoints: what they compute on the same tokens, their weights, or their gradients.
 
     Exit code: 0 the same function within rounding, 1 different, 2 could not compare.
     """
+    require_one_evidence(context, logits=logits, weights=weights, gradients=gradients)
     if weights:
-        from gdagrow_cli.certificate_view import require_alone, show_certificate
+        from gdagrow_cli.certificate_view import show_certificate
 
-        require_alone(context)
         raise typer.Exit(0 if show_certificate(source, grown, as_json=as_json) else 1)
     from gdagrow_cli.diff_view import show_diff, tokens_for
 
+    seqs, length = seqs or (2 if gradients else 4), length or (32 if gradients else 128)
     tokens = tokens_for(source, text=text, seqs=seqs, length=length, seed=seed)
-    same = show_diff(source, grown, tokens, dtype=dtype.value, device=device, as_json=as_json)
+    if gradients:
+        from gdagrow_cli.gradients_view import show_gradients
+
+        same = show_gradients(source, grown, tokens, dtype=dtype.value, device=device, as_json=as_json)
+    else:
+        same = show_diff(
+            source, grown, tokens, dtype=dtype.value, device=device, num_decoded=decode, is_text=text is not None,
+            as_json=as_json,
+        )  # fmt: skip
     raise typer.Exit(0 if same else 1)
 
 

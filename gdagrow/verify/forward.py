@@ -60,9 +60,9 @@ class StreamedModel:
         self.sizes = architecture.sizes(header.config)
         claim(header, architecture, self.sizes)
         self.config = GdaConfig.from_dict(header.config)
-        self._embedding = architecture.embedding
-        self._head = architecture.embedding if architecture.is_tied(header.config) else architecture.head
-        self._last_norm = architecture.last_norm
+        self.is_tied = architecture.is_tied(header.config)
+        self.embedding_name, self.last_norm_name = architecture.embedding, architecture.last_norm
+        self.head_name = architecture.embedding if self.is_tied else architecture.head
         self._header, self._dtype, self._device, self._hook = header, dtype, device, hook
         self._reader = TensorReader(header)
 
@@ -78,7 +78,7 @@ class StreamedModel:
         """The residual stream before the first layer, `[seqs, length, hidden]`, of int64 `[seqs, length]`."""
         rows, places = torch.unique(tokens, return_inverse=True)
         # Only the rows that occur are read.
-        embedding = self._reader.tensor(self._embedding)[rows]
+        embedding = self._reader.tensor(self.embedding_name)[rows]
         return embedding.to(self._device, self._dtype)[places.to(self._device)]
 
     def attention(self, layer: int) -> Branch[GdaAttention]:
@@ -95,24 +95,25 @@ class StreamedModel:
             inner = GdaMlp(self.config, bias)
         return self._branch(f"model.layers.{layer}.post_attention_layernorm.", prefix, inner)
 
-    def branches(self) -> Iterator[Branch[GdaAttention] | Branch[GdaMlp]]:
-        """Every half of every layer, in order."""
-        for layer in range(self.sizes.num_layers):
-            yield self.attention(layer)
-            yield self.mlp(layer)
+    def half(self, index: int) -> Branch[GdaAttention] | Branch[GdaMlp] | None:
+        """Half `index` of the model's layers, counted through: attention, MLP, attention, ...; None after the last."""
+        layer, is_mlp = divmod(index, 2)
+        if layer >= self.sizes.num_layers:
+            return None
+        return self.mlp(layer) if is_mlp else self.attention(layer)
 
     def last_norm(self) -> RmsNorm:
         """The norm before the head."""
         with torch.device("meta"):
             norm = RmsNorm(self.sizes.hidden, self.config.rms_norm_eps)
-        norm.load_state_dict({"weight": self._weight(self._last_norm)}, assign=True)
+        norm.load_state_dict({"weight": self._weight(self.last_norm_name)}, assign=True)
         self._prepare(norm)
         return norm
 
     def head_rows(self, step: int) -> Iterator[Tensor]:
         """The head's weight, `[step, hidden]` at a time."""
         for begin in range(0, self.sizes.vocab, step):
-            rows = self._reader.rows(self._head, begin, min(begin + step, self.sizes.vocab))
+            rows = self._reader.rows(self.head_name, begin, min(begin + step, self.sizes.vocab))
             yield rows.to(self._device, self._dtype)
 
     def _biases(self, prefix: str) -> Collection[str]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from gdagrow.verify.decode import Decoding, decode
 from gdagrow.verify.figures import LogitFigures
 from gdagrow.verify.forward import StreamedModel
 from gdagrow.verify.lineage import lineage_of
-from gdagrow.verify.parts import PartDifference, PartMeter, parts_of
-from gdagrow.verify.rounding import Disturbance, rounding_budget
+from gdagrow.verify.parts import PartDifference, PartMeter
+from gdagrow.verify.rounding import Budget, Disturbance
 
 _PROMPT_LENGTH = 32
 
@@ -128,22 +127,20 @@ def compare(
         StreamedModel(headers[0], dtype=dtype, device=device, hook=noise) as before,
         StreamedModel(headers[1], dtype=dtype, device=device) as after,
     ):
-        _require_same_vocabulary(headers, before, after)
-        longest, rounds = _longest_sum(before, after, tokens.shape[1]), _rounds_weights(headers, dtype)
+        require_same_vocabulary(headers, before, after)
+        longest = longest_sum(before, after, tokens.shape[1])
+        budget = Budget(noise, dtype, longest, rounds_weights(headers, dtype))
         meter, reason = None, None
         try:
             maps = lineage_of(*headers).maps
-            meter = PartMeter(
-                maps, before.sizes, after.sizes, noise, dtype, longest, rounds_weights=rounds, device=device
-            )
+            meter = PartMeter(maps, before.sizes, after.sizes, budget, device)
         except (CheckpointError, CompareError) as error:
             reason = str(error)
         run = _Run(before, after, noise, meter, report)
         figures = run.figures(tokens)
         if not math.isfinite(figures.largest):
             raise CompareError(f"{source}: the model's own logits are not finite, so there is nothing to compare with")
-        condition = noise.condition_of(figures.disturbed, figures.largest)
-        tolerance = rounding_budget(dtype, longest, condition, rounds_weights=rounds)
+        tolerance = budget.tolerance(figures.disturbed, figures.largest)
         decoding = None
         if num_decoded:
             prompt = tokens[:1, :_PROMPT_LENGTH]
@@ -155,7 +152,8 @@ def compare(
         top1_agreement=figures.agreed / figures.num_positions,
         source_loss=figures.source_loss / targets if targets else None,
         grown_loss=figures.grown_loss / targets if targets else None,
-        tolerance=tolerance, condition=condition, longest_sum=longest, rounds_weights=rounds,
+        tolerance=tolerance, condition=noise.condition_of(figures.disturbed, figures.largest),
+        longest_sum=longest, rounds_weights=budget.rounds_weights,
         dtype=str(dtype).removeprefix("torch."), num_sequences=len(tokens), length=tokens.shape[1],
         parts=tuple(meter.found) if meter else (), parts_not_compared=reason, decoding=decoding,
         changes=_changes(*headers),
@@ -173,12 +171,12 @@ class _Run:
     def figures(self, tokens: Tensor) -> LogitFigures:
         states = self._before.embed(tokens.repeat(2, 1)), self._after.embed(tokens)
         self._measure(None, "embedding", *states)
-        for index, pair in enumerate(zip_longest(self._before.branches(), self._after.branches())):
-            layer, half = divmod(index, 2)
-            self._report(f"layer {layer + 1} of {max(m.sizes.num_layers for m in (self._before, self._after))}")
-            states = self._step(layer, pair, states)
-            if half:
-                self._measure(layer, "residual", *states)
+        num_layers = max(model.sizes.num_layers for model in (self._before, self._after))
+        for layer in range(num_layers):
+            self._report(f"layer {layer + 1} of {num_layers}")
+            for index in (2 * layer, 2 * layer + 1):
+                states = self._half(index, states)
+            self._measure(layer, "residual", *states)
         clean, other = self._before.last_norm()(states[0]), self._after.last_norm()(states[1])
         self._report("logits")
         figures = LogitFigures()
@@ -187,24 +185,21 @@ class _Run:
         figures.add(self._before, self._after, flat, targets.flatten())
         return figures
 
-    def _step(self, layer: int, pair: tuple[Any, Any], states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _half(self, index: int, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Half a layer of each model, where it has one more."""
-        if self._meter is None or None in pair:
-            one, other = (
-                state if branch is None else branch(state) for branch, state in zip(pair, states, strict=True)
-            )
-            return self._noise.disturb(one), other
-        one, other = (parts_of(branch, state) for branch, state in zip(pair, states, strict=True))
-        for (part, source), (_, grown) in zip(one, other, strict=True):
-            self._measure(layer, part, source, grown)
-        return self._noise.disturb(states[0] + source), states[1] + grown
+        source, grown = self._before.half(index), self._after.half(index)
+        if self._meter and source and grown:
+            added = self._meter.step(index // 2, source, grown, states)
+            return self._noise.disturb(states[0] + added[0]), states[1] + added[1]
+        clean, other = states
+        return self._noise.disturb(source(clean)) if source else clean, grown(other) if grown else other
 
     def _measure(self, layer: int | None, part: str, source: Tensor, grown: Tensor) -> None:
         if self._meter:
             self._meter.add(layer, part, source, grown)
 
 
-def _require_same_vocabulary(headers: tuple[Header, Header], before: StreamedModel, after: StreamedModel) -> None:
+def require_same_vocabulary(headers: tuple[Header, Header], before: StreamedModel, after: StreamedModel) -> None:
     if before.sizes.vocab != after.sizes.vocab:
         source, grown = (header.directory for header in headers)
         raise CompareError(
@@ -214,13 +209,13 @@ def _require_same_vocabulary(headers: tuple[Header, Header], before: StreamedMod
         )
 
 
-def _longest_sum(before: StreamedModel, after: StreamedModel, length: int) -> int:
+def longest_sum(before: StreamedModel, after: StreamedModel, length: int) -> int:
     """Terms of the longest sum: over features, over what `o_proj` and `down_proj` read, or over positions."""
     widths = ((m.hidden, m.ffn, m.heads.num_signal_heads * 2 * m.head_dim) for m in (before.sizes, after.sizes))
     return max(length, *(width for model in widths for width in model))
 
 
-def _rounds_weights(headers: tuple[Header, Header], dtype: torch.dtype) -> bool:
+def rounds_weights(headers: tuple[Header, Header], dtype: torch.dtype) -> bool:
     """Whether weights are stored with more bits than the arithmetic has."""
     return any(ITEM_BYTES[info.dtype] > dtype.itemsize for header in headers for info in header.tensors.values())
 

@@ -1,7 +1,7 @@
 """Where two models part: each layer's attention, MLP and residual stream, grown against the mapped source."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -11,7 +11,10 @@ from gdagrow.archs import Sizes
 from gdagrow.axes import AxisMaps
 from gdagrow.models.layers import GdaAttention, GdaMlp
 from gdagrow.verify.forward import Branch
-from gdagrow.verify.rounding import Disturbance, rounding_budget
+from gdagrow.verify.rounding import Budget
+
+AnyBranch = Branch[GdaAttention] | Branch[GdaMlp]
+_Both = tuple[Tensor, Tensor]  # the source's, with its disturbed copy behind it, and the grown model's
 
 # A result that rounding may change by more than this has left the range in which a condition says by how much.
 LARGEST_TOLERANCE: Final = 0.1
@@ -27,7 +30,8 @@ class PartDifference:
     max_abs: The largest absolute difference.
     max_rel: The same over the largest absolute value of the source's part.
     tolerance: What rounding alone may do to `max_rel`, by the part's own measured condition.
-    head: The grown head with the largest difference, where the part has heads.
+    head: The head with the largest difference: the grown one where the part has heads, the source's where `o_proj`
+        makes something else of it; None where heads have no part in it.
     """
 
     layer: int | None
@@ -53,21 +57,10 @@ class _Axis:
 
 
 class PartMeter:
-    """Measures part after part of two models that run side by side.
+    """Measures part after part of two models that run side by side, the grown one by `maps` from the other."""
 
-    Args:
-        maps: The growth from the one to the other.
-        after: Sizes of the grown model.
-        noise: What disturbs the source's last sequences, by which the tolerances are measured.
-        budget: The arguments of `rounding_budget` but for the condition.
-    """
-
-    def __init__(
-        self, maps: AxisMaps, before: Sizes, after: Sizes, noise: Disturbance, dtype: torch.dtype, longest_sum: int,
-        *, rounds_weights: bool, device: str,
-    ) -> None:  # fmt: skip
-        self._noise = noise
-        self._dtype, self._longest_sum, self._rounds_weights = dtype, longest_sum, rounds_weights
+    def __init__(self, maps: AxisMaps, before: Sizes, after: Sizes, budget: Budget, device: str) -> None:
+        self._budget = budget
         group, ratio = list(maps.of("group", None)), before.heads.ratio
         signal = [old * ratio + j for new, old in enumerate(group) for j in maps.of("signal", new)]
         signal_names = tuple(
@@ -82,6 +75,18 @@ class PartMeter:
         }  # fmt: skip
         self.found: list[PartDifference] = []
 
+    def step(self, layer: int, source: AnyBranch, grown: AnyBranch, states: _Both) -> _Both:
+        """Run half a layer of both models and measure every part of it; returns what each adds to its stream."""
+        read = states
+        for (part, one), (_, other) in zip(parts_of(source, states[0]), parts_of(grown, states[1]), strict=True):
+            self.add(layer, part, one, other)
+            if part == "differences":
+                read = one, other
+        differs = not self.found[-1].agrees and all(found.agrees for found in self.found[:-1])
+        if differs and isinstance(source.inner, GdaAttention) and isinstance(grown.inner, GdaAttention):
+            self._name_head(source.inner, grown.inner, read)
+        return one, other
+
     def add(self, layer: int | None, part: str, source: Tensor, grown: Tensor) -> None:
         """Measure one part: `source` has the same sequences again, disturbed, behind those that `grown` has."""
         axis = self._axes.get(part, self._stream)
@@ -95,12 +100,30 @@ class PartMeter:
             worst = axis.names[int(by_head.argmax())]
         max_abs = float(apart.max())
         # A part that is zero everywhere, such as the output of a block that starts from zero, has no scale.
-        max_rel, condition = (max_abs / scale, self._noise.condition_of(moved, scale)) if scale else (max_abs, 0.0)
-        tolerance = rounding_budget(self._dtype, self._longest_sum, condition, rounds_weights=self._rounds_weights)
+        max_rel, tolerance = (max_abs / scale, self._budget.tolerance(moved, scale)) if scale else (max_abs, 0.0)
         self.found.append(PartDifference(layer, part, max_abs, max_rel, tolerance, worst))
 
+    def _name_head(self, source: GdaAttention, grown: GdaAttention, read: _Both) -> None:
+        """Find the head of which `o_proj` makes something else, and name it in the part that was added last."""
+        old_heads, ratio = self._axes["differences"].old, source.config.ratio
+        worst, largest = None, 0.0
+        for head in range(source.config.num_signal_heads):
+            copies = (old_heads == head).nonzero()[:, 0].tolist()
+            made = _output_of(source, read[0].chunk(2)[0], [head])
+            apart = _output_of(grown, read[1], copies) - made.index_select(-1, self._stream.old)
+            if (found := float(apart.abs().max())) > largest:
+                worst, largest = f"signal head {head % ratio} of group {head // ratio} of the source", found
+        self.found[-1] = replace(self.found[-1], head=worst)
 
-def parts_of(branch: Branch[GdaAttention] | Branch[GdaMlp], hidden: Tensor) -> Iterator[tuple[str, Tensor]]:
+
+def _output_of(attention: GdaAttention, heads: Tensor, chosen: list[int]) -> Tensor:
+    """What `o_proj` makes of some heads, `[seqs, length, hidden]`, of `[seqs, heads, length, width]`."""
+    width = heads.shape[-1]
+    weight = attention.o_proj.weight
+    return torch.stack([heads[:, i] @ weight[:, i * width : (i + 1) * width].T for i in chosen]).sum(0)
+
+
+def parts_of(branch: AnyBranch, hidden: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Run half a layer and yield every part of it, `[seqs, heads, length, width]` or `[seqs, length, width]`.
 
     The last one is what it adds to the stream.

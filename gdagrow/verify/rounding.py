@@ -1,5 +1,6 @@
 """What rounding alone may do to a result: a budget from the dtype, the lengths of sums and a measured condition."""
 
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -41,9 +42,24 @@ class Disturbance:
         """The batch `[seqs, ..., width]` with its last sequences disturbed."""
         clean, disturbed = states[: self.num_clean], states[self.num_clean :]
         noise = torch.randn(disturbed.shape, generator=self._generator, dtype=torch.float32).to(states)
-        scale = disturbed.square().mean(-1, keepdim=True).sqrt()
+        scale = disturbed.detach().square().mean(-1, keepdim=True).sqrt()
         return torch.cat((clean, disturbed + noise * scale * self._size))
 
-    def condition_of(self, apart: float, scale: float) -> float:
-        """The condition of a result of size `scale` that the disturbance changed by at most `apart`."""
-        return apart / scale / self._size
+    def condition_of(self, moved: float, scale: float) -> float:
+        """The condition of a result of size `scale` that the disturbance moved by at most `moved`."""
+        return moved / scale / self._size
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tolerances of one run's results: the arguments of `rounding_budget`, with conditions measured by `noise`."""
+
+    noise: Disturbance
+    dtype: torch.dtype
+    longest_sum: int
+    rounds_weights: bool
+
+    def tolerance(self, moved: float, scale: float) -> float:
+        """What rounding may do to a result of size `scale`, relative to it, that the disturbance moved by `moved`."""
+        condition = self.noise.condition_of(moved, scale)
+        return rounding_budget(self.dtype, self.longest_sum, condition, rounds_weights=self.rounds_weights)

@@ -1,6 +1,7 @@
 """Wrong growths: each is caught by the certificate, which names the tensor and head, and by running both models."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,25 +131,33 @@ def not_finite(t: Tensors) -> None:
 
 FIRST_HEADS = (*(f"signal head {j} of group 0" for j in range(3)), "signal head 0 of group 1")
 
-# What is done, the tensor that is named, and the heads that are, in order of rows or columns.
-MUTATIONS: tuple[tuple[Callable[[Tensors], None], str, tuple[str, ...]], ...] = (
-    (copy_outside_its_group, A + "q_proj.weight", ("signal head 0 of group 0",)),
-    (noise_head_of_another_group, A + "q_proj.weight", ("noise head of group 0",)),
-    (undivided_columns, M + "down_proj.weight", ()),
-    (undivided_heads, A + "o_proj.weight", FIRST_HEADS),
-    (swapped_value_halves, A + "v_proj.weight", ("KV group 1",)),
-    (swapped_keys_of_one_copy, A + "k_proj.weight", ("KV group 1",)),
-    (one_part_one_ulp_off, A + "o_proj.weight", ("signal head 1 of group 0",)),
-    (one_copy_one_ulp_off, M + "up_proj.weight", ()),
-    (lambda_changed, A + "lambda_q1", ()),
-    (subln_changed, A + "subln.weight", ()),
-    (norm_not_gathered, "model.layers.0.input_layernorm.weight", ()),
-    (tied_norm_not_split, "model.norm.weight", ()),
-    (embedding_rows_swapped, "model.embed_tokens.weight", ()),
-    (bias_wrong, A + "q_proj.bias", ("signal head 1 of group 2",)),
-    (written_bias_divided, M + "down_proj.bias", ()),
-    (part_lost, M + "gate_proj.weight", ()),
-    (not_finite, M + "act_fn.weight", ()),
+# The first part that `compare` names: layer, part, and a pattern of the head; nothing where it is behind all layers.
+Part = tuple[int | None, str, str] | None
+ANY_HEAD, OF_KV_GROUP_1 = "signal head . of group .", "signal head . of group [23]"
+
+# What is done, the tensor that is named and its heads, in order of rows or columns, and the first part that is wrong.
+MUTATIONS: tuple[tuple[Callable[[Tensors], None], str, tuple[str, ...], Part], ...] = (
+    (copy_outside_its_group, A + "q_proj.weight", ("signal head 0 of group 0",),
+     (1, "signal heads", "signal head 0 of group 0")),
+    (noise_head_of_another_group, A + "q_proj.weight", ("noise head of group 0",),
+     (1, "noise heads", "noise head of group 0")),
+    (undivided_columns, M + "down_proj.weight", (), (0, "mlp", "None")),
+    (undivided_heads, A + "o_proj.weight", FIRST_HEADS, (1, "attention", ANY_HEAD + " of the source")),
+    (swapped_value_halves, A + "v_proj.weight", ("KV group 1",), (1, "signal heads", OF_KV_GROUP_1)),
+    (swapped_keys_of_one_copy, A + "k_proj.weight", ("KV group 1",), (1, "signal heads", OF_KV_GROUP_1)),
+    (one_part_one_ulp_off, A + "o_proj.weight", ("signal head 1 of group 0",),
+     (1, "attention", "signal head 1 of group 0 of the source")),
+    (one_copy_one_ulp_off, M + "up_proj.weight", (), (0, "mlp", "None")),
+    (lambda_changed, A + "lambda_q1", (), (1, "differences", ANY_HEAD)),
+    (subln_changed, A + "subln.weight", (), (1, "differences", ANY_HEAD)),
+    (norm_not_gathered, "model.layers.0.input_layernorm.weight", (), (0, "signal heads", ANY_HEAD)),
+    (tied_norm_not_split, "model.norm.weight", (), None),
+    (embedding_rows_swapped, "model.embed_tokens.weight", (), (None, "embedding", "None")),
+    (bias_wrong, A + "q_proj.bias", ("signal head 1 of group 2",),
+     (1, "signal heads", "signal head 1 of group 2")),
+    (written_bias_divided, M + "down_proj.bias", (), (0, "mlp", "None")),
+    (part_lost, M + "gate_proj.weight", (), (0, "mlp", "None")),
+    (not_finite, M + "act_fn.weight", (), (0, "mlp", "None")),
 )  # fmt: skip
 
 
@@ -162,9 +171,11 @@ def edit_json(path: Path, **keys: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
-@pytest.mark.parametrize(("change", "name", "named"), MUTATIONS, ids=[change.__name__ for change, _, _ in MUTATIONS])
+@pytest.mark.parametrize(
+    ("change", "name", "named", "part"), MUTATIONS, ids=[change.__name__ for change, *_ in MUTATIONS]
+)
 def test_a_wrong_growth_is_caught_and_named(
-    change: Callable[[Tensors], None], name: str, named: tuple[str, ...], pair: tuple[Path, Path]
+    change: Callable[[Tensors], None], name: str, named: tuple[str, ...], part: Part, pair: tuple[Path, Path]
 ) -> None:
     edit(pair[1], change)
     found = check_weights(*pair)
@@ -174,7 +185,13 @@ def test_a_wrong_growth_is_caught_and_named(
     assert tuple(dict.fromkeys(place.head for place in places if place.head)) == named
     assert places
     assert found.differences[0].num_wrong > 0
-    assert not compare(*pair, TOKENS).equivalent
+    run = compare(*pair, TOKENS)
+    assert not run.equivalent
+    first = run.first_difference
+    assert (first is None) == (part is None)
+    if first and part:
+        assert (first.layer, first.part) == part[:2]
+        assert re.fullmatch(part[2], str(first.head))
 
 
 def test_places_and_distances_are_right(pair: tuple[Path, Path]) -> None:

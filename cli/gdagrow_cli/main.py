@@ -212,7 +212,7 @@ def stats(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a checkpoint's attention maps, and how like each other the copies of a grown one still are."""
+    """Measure a checkpoint's attention maps, layer by layer, and how far the copies of a grown one have parted."""
     from gdagrow_cli.running import tokens_for
     from gdagrow_cli.stats_view import show_stats
 

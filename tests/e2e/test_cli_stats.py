@@ -134,3 +134,17 @@ def test_the_seed_is_that_of_the_tokens(grown: Path, capsys: pytest.CaptureFixtu
 
 def test_progress_is_shown_on_a_terminal(grown: Path) -> None:
     assert "attention of layer 2 of 2" in on_a_terminal("stats", grown, *RUN)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("flags", ["", "--layer 1"])
+def test_copies_of_every_kind_fit(
+    flags: str, width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "source", groups=12, ratio=2, kv_groups=12, bias=True)
+    grow(tmp_path / "source", tmp_path / "grown", {"uniform": 2})
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = call(capsys, "stats", tmp_path / "grown", *RUN, *flags.split()).out.splitlines()
+    assert len(lines) > 50
+    assert [line for line in lines if len(line) > width and str(tmp_path) not in line] == []
+    assert not any(re.search(r"[\x00-\x1f\x7f-\x9f]", line) for line in lines)

@@ -26,4 +26,4 @@ class OutputError(GdagrowError):
 
 
 class CompareError(GdagrowError):
-    """Two checkpoints cannot be compared."""
+    """Two checkpoints cannot be compared, or one cannot be measured."""

@@ -83,8 +83,15 @@ def read_record(directory: Path) -> list[Any]:
         CheckpointError: there is a `growth.json` that cannot be read.
     """
     path = require_inside(directory, directory / RECORD_FILE)
-    if not path.exists():
-        return []
+    return read_record_file(path) if path.exists() else []
+
+
+def read_record_file(path: Path) -> list[Any]:
+    """Read the history in a `growth.json`, as `read_record` does; never empty.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         record = json.loads(path.read_bytes())
         earlier = record.pop("history")

@@ -5,6 +5,7 @@ that a mistake would have to be made twice to pass unseen. Gradients flow throug
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import exp, sqrt
 from typing import Any
 
@@ -23,11 +24,35 @@ def reference_logits(tensors: Tensors, config: Mapping[str, Any], input_ids: Ten
     for ids in input_ids:
         hidden = embedding[ids]
         for layer in range(config["num_hidden_layers"]):
-            prefix = f"model.layers.{layer}."
-            block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            hidden = _block(hidden, block, config, layer)
+            hidden = _block(hidden, _of_layer(tensors, layer), config, layer)
         rows.append(_rms(hidden, config["rms_norm_eps"]) * tensors["model.norm.weight"] @ head.T)
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """A layer's attention on one sequence, float64: signal maps group-major and noise maps `[position, position]`."""
+
+    signal: list[Tensor]
+    noise: list[Tensor]
+    lambda_: float
+
+
+def reference_maps(tensors: Tensors, config: Mapping[str, Any], ids: Tensor) -> list[LayerMaps]:
+    """The attention maps of every layer on the ids `[position]` of one sequence."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    hidden, found = tensors["model.embed_tokens.weight"][ids], []
+    for layer in range(config["num_hidden_layers"]):
+        block = _of_layer(tensors, layer)
+        normed = _rms(hidden, config["rms_norm_eps"]) * block["input_layernorm.weight"]
+        found.append(LayerMaps(*_attention_maps(normed, block, config), float(_lambda(block, layer))))
+        hidden = _block(hidden, block, config, layer)
+    return found
+
+
+def _of_layer(tensors: Tensors, layer: int) -> Tensors:
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _block(hidden: Tensor, block: Tensors, config: Mapping[str, Any], layer: int) -> Tensor:
@@ -37,29 +62,52 @@ def _block(hidden: Tensor, block: Tensors, config: Mapping[str, Any], layer: int
 
 
 def _attention(hidden: Tensor, block: Tensors, config: Mapping[str, Any], layer: int) -> Tensor:
-    heads = config["num_attention_heads"]
-    dim = config.get("head_dim", config["hidden_size"] // heads)
-    groups = config.get("num_noise_heads", heads // 2)
-    ratio = heads // groups - 1
-    groups_per_kv = groups // (config["num_key_value_heads"] // 2)
-    init = 0.8 - 0.6 * exp(-0.3 * (layer - 1))
-    lambdas = {name: block[f"self_attn.lambda_{name}"] for name in ("q1", "k1", "q2", "k2")}
-    weight = (lambdas["q1"] @ lambdas["k1"]).exp() - (lambdas["q2"] @ lambdas["k2"]).exp() + init
-
-    query, key, value = (_linear(hidden, block, f"self_attn.{name}_proj") for name in "qkv")
+    _, dim, groups, ratio, groups_per_kv = _heads(config)
+    init, weight = _lambda_init(layer), _lambda(block, layer)
+    value = _linear(hidden, block, "self_attn.v_proj")
+    signal_maps, noise_maps = _attention_maps(hidden, block, config)
     outputs = []
     for group in range(groups):
         kv = group // groups_per_kv
         both_halves = torch.cat((_head(value, 2 * kv, dim), _head(value, 2 * kv + 1, dim)), dim=1)
-        noise_query = _head(query, group * (ratio + 1) + ratio, dim)
-        noise_map = _map(noise_query, _head(key, 2 * kv + 1, dim), config["rope_theta"])
         for signal in range(ratio):
-            signal_query = _head(query, group * (ratio + 1) + signal, dim)
-            signal_map = _map(signal_query, _head(key, 2 * kv, dim), config["rope_theta"])
-            output = signal_map @ both_halves - weight * (noise_map @ both_halves)
+            signal_map = signal_maps[group * ratio + signal]
+            output = signal_map @ both_halves - weight * (noise_maps[group] @ both_halves)
             output = _rms(output, config["attn_rms_norm_eps"]) * block["self_attn.subln.weight"]
             outputs.append(output * (1 - init))
     return _linear(torch.cat(outputs, dim=1), block, "self_attn.o_proj")
+
+
+def _attention_maps(hidden: Tensor, block: Tensors, config: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every signal head's map, group-major, and every group's noise map, `[position, position]` each."""
+    _, dim, groups, ratio, groups_per_kv = _heads(config)
+    query, key = (_linear(hidden, block, f"self_attn.{name}_proj") for name in "qk")
+    signals, noises = [], []
+    for group in range(groups):
+        kv = group // groups_per_kv
+        noise_query = _head(query, group * (ratio + 1) + ratio, dim)
+        noises.append(_map(noise_query, _head(key, 2 * kv + 1, dim), config["rope_theta"]))
+        for signal in range(ratio):
+            signal_query = _head(query, group * (ratio + 1) + signal, dim)
+            signals.append(_map(signal_query, _head(key, 2 * kv, dim), config["rope_theta"]))
+    return signals, noises
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+    """Query heads, head_dim, groups, signal heads to a group, and groups to a KV group."""
+    heads = config["num_attention_heads"]
+    groups = config.get("num_noise_heads", heads // 2)
+    dim = config.get("head_dim", config["hidden_size"] // heads)
+    return heads, dim, groups, heads // groups - 1, groups // (config["num_key_value_heads"] // 2)
+
+
+def _lambda_init(layer: int) -> float:
+    return 0.8 - 0.6 * exp(-0.3 * (layer - 1))
+
+
+def _lambda(block: Tensors, layer: int) -> Tensor:
+    q1, k1, q2, k2 = (block[f"self_attn.lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
+    return (q1 @ k1).exp() - (q2 @ k2).exp() + _lambda_init(layer)
 
 
 def _head(features: Tensor, index: int, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Which source index each grown index comes from: as `growth.json` says, or as two configs allow only one growth."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from gdagrow.archs import Sizes, architecture_of
 from gdagrow.axes import AxisMaps, IndexMap
 from gdagrow.errors import CheckpointError, CompareError, PlanError
 from gdagrow.header import Header
-from gdagrow.heads import MAX_COPIES, HeadGrowth, Ratio, axis_maps, grow_heads
-from gdagrow.record import RECORD_FILE, read_record
+from gdagrow.heads import MAX_COPIES, HeadGrowth, Heads, Ratio, axis_maps, grow_heads
+from gdagrow.record import RECORD_FILE, read_record, read_record_file
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,33 @@ def recorded_maps(grown: Path, before: Sizes, after: Sizes, *, untied: bool) -> 
 
 
 _WAYS_OUT = "restore the file, or remove it to have the maps inferred from the two configs"
+
+
+def recorded_growth(path: Path, after: Sizes) -> tuple[AxisMaps, Sizes]:
+    """The maps that a `growth.json` makes from the first source of its whole history, and the sizes of that source.
+
+    Args:
+        path: The file.
+        after: The sizes of the grown model.
+
+    Raises:
+        CheckpointError: it is not the lineage of growths, that preserve the function, to a model of these sizes.
+    """
+    records = read_record_file(path)
+    try:
+        made, widths = _read_step(records.pop(), _widths(after))
+        while records:
+            earlier, widths = _read_step(records.pop(), widths)
+            made = made.after(earlier)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error) if type(error) is ValueError else "expected the lineage of a growth, got something else"
+        raise CheckpointError(
+            f"{path}: {reason}; it is not the lineage of a model with {_told(_widths(after))}: give the {RECORD_FILE} "
+            "that was written when this model was grown"
+        ) from None
+    groups, ratio, kv, hidden, ffn = widths
+    before = replace(after, heads=Heads(groups, ratio, kv), hidden=hidden, ffn=ffn)
+    return _maps(made, before, after), before
 
 
 def _read_step(record: Any, widths: _Widths) -> tuple[_Step, _Widths]:

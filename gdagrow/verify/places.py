@@ -1,4 +1,4 @@
-"""Which head an index of a stored dimension belongs to."""
+"""Which head, or which axis, an index of a stored dimension belongs to."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -23,6 +23,14 @@ def head_at(dim: Expression, sizes: Mapping[str, int], index: int) -> str:
     if "group" in found:
         return f"noise head of group {found['group']}"
     return f"KV group {found['kv']}" if "kv" in found else ""
+
+
+def axis_at(dim: Expression, sizes: Mapping[str, int], index: int) -> str:
+    """Name the axis whose growth an index follows: `signal`, `noise` or `kv` for its head, else `hidden`, `ffn`, ..."""
+    found = dict(_coordinates(dim, sizes, index))
+    if "group" in found:
+        return "signal" if "signal" in found else "noise"
+    return next(iter(found), "")
 
 
 def _coordinates(dim: Expression, sizes: Mapping[str, int], index: int) -> Iterator[tuple[str, int]]:

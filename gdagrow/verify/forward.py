@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from gdagrow.archs import architecture_of
+from gdagrow.convert import as_motif
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
 from gdagrow.models.layers import PROJECTIONS, GdaBlock, RmsNorm
 from gdagrow.plan import claim
+from gdagrow.reading import open_reader
 
 # Elements of the head's weight, and of the logits, that are in memory at a time.
 _HEAD_ELEMENTS = 2**24
@@ -34,6 +36,8 @@ class StreamedModel:
         architecture = architecture_of(header.config)
         self.sizes = architecture.sizes(header.config)
         claim(header, architecture, self.sizes)
+        # What else there is, the reference model runs in Motif's layout.
+        header = as_motif(header)
         self._config = GdaConfig.from_dict(header.config)
         self._header, self._dtype, self._device = header, dtype, device
         self._embedding = architecture.embedding
@@ -47,7 +51,7 @@ class StreamedModel:
             tokens: int64 `[seqs, length]`.
             hook: A forward hook on every projection and norm.
         """
-        with TensorReader(self._header) as reader:
+        with open_reader(self._header) as reader:
             rows, places = torch.unique(tokens, return_inverse=True)
             # Only the rows that occur are read.
             embedding = reader.tensor(self._embedding)[rows]
@@ -64,7 +68,7 @@ class StreamedModel:
 
     def logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the logits of normed hidden states, `[few, hidden]` each, a block `[few, vocab]` for each of them."""
-        with TensorReader(self._header) as reader:
+        with open_reader(self._header) as reader:
             step = max(1, _HEAD_ELEMENTS // self.sizes.hidden)
             for states in hidden:
                 parts = []

@@ -8,12 +8,13 @@ from typing import Any
 
 from gdagrow.archs import Parameter, Sizes, architecture_of
 from gdagrow.axes import AxisMaps, parse
+from gdagrow.convert import as_motif
 from gdagrow.errors import CompareError
 from gdagrow.formats.safetensors_header import read_header
-from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header
 from gdagrow.plan import claim, grown_rows
+from gdagrow.reading import open_reader
 from gdagrow.record import RECORD_FILE
 from gdagrow.verify.lineage import inferred_maps, recorded_maps
 from gdagrow.verify.settings import Setting, other_settings
@@ -82,13 +83,17 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
     before, after = (architecture_of(header.config).sizes(header.config) for header in headers)
     claimed = [claim(header, architecture_of(header.config), sizes)
                for header, sizes in zip(headers, (before, after), strict=True)]  # fmt: skip
+    if architecture_of(headers[1].config).name == "motif":
+        # What the growth converted, if it did.
+        headers = as_motif(headers[0]), headers[1]
+        claimed[0] = claim(headers[0], architecture_of(headers[0].config), before)
     _require_comparable(headers, before, after)
     tied = [architecture_of(header.config).is_tied(header.config) for header in headers]
     recorded = recorded_maps(grown, before, after, untied=tied[0] and not tied[1])
     maps = recorded or inferred_maps(before, after)
     pairs, differences = _pairs(headers, claimed[0], maps)
     wrong: dict[str, _Wrong] = {}
-    with TensorReader(headers[0]) as old, TensorReader(headers[1]) as new:
+    with open_reader(headers[0]) as old, open_reader(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
             if folded.num_wrong:
                 wrong.setdefault(folded.pair.grown.name, _Wrong()).add(folded)

@@ -83,7 +83,7 @@ def require_verified(grown: Grown) -> float:
     return floor_of(load_diffllama(grown.source), comparison.condition)
 
 
-@settings(RANDOM, max_examples=24)
+@settings(RANDOM, max_examples=16)
 @given(models(), st.sampled_from(NATIVE), st.booleans(), st.data())
 def test_transformers_runs_what_was_grown(
     model: dict[str, Any], growth: dict[str, int], exact: bool, data: st.DataObject
@@ -106,7 +106,7 @@ def test_transformers_runs_what_was_grown(
         assert apart(logits(grown.target), logits(source)) <= (2 * floor if wider else ROUNDING)
 
 
-@settings(RANDOM, max_examples=24)
+@settings(RANDOM, max_examples=16)
 @given(models(), st.sampled_from(CONVERTED), st.booleans(), st.booleans())
 def test_a_converted_model_is_the_source_of_transformers(
     model: dict[str, Any], growth: dict[str, Any], exact: bool, untie: bool

@@ -24,6 +24,7 @@ from gdagrow.plan import claim, make_plan
 from gdagrow.reading import ViewReader, open_reader
 from gdagrow.recipe import make_recipe
 from gdagrow.verify.places import head_at
+from gdagrow.verify.weights import check_weights
 from tests.checkpoints import write_checkpoint
 from tests.diffllama import as_motif as by_hand
 from tests.diffllama import interleave_halves, load_diffllama, save_diffllama
@@ -212,3 +213,15 @@ def test_the_record_says_what_was_converted(stored: Path, tmp_path: Path) -> Non
     assert (
         load_file(tmp_path / "diffllama" / "model.safetensors").keys() == as_motif(read_header(stored)).tensors.keys()
     )
+
+
+def test_the_bytes_do_not_depend_on_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """320 rows of queries in chunks of 128, which end inside a head of 40."""
+    save_diffllama(tmp_path / "source", (512, 8, 1, 8, 4, 40, False), dtype=torch.bfloat16)
+    plan = make_plan(read_header(tmp_path / "source"), make_recipe({"to": "motif", "signal": 2, "hidden": 2}))
+    expand(plan, tmp_path / "whole", max_shard_bytes=10**9)
+    monkeypatch.setattr("gdagrow.expand.CHUNK_BYTES", 1)
+    expand(plan, tmp_path / "pieces", max_shard_bytes=10**9)
+    whole, pieces = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "pieces"))
+    assert whole == pieces
+    assert check_weights(tmp_path / "source", tmp_path / "pieces").equivalent

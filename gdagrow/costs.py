@@ -114,7 +114,7 @@ def growth_figures(plan: GrowthPlan, max_shard_bytes: int) -> GrowthFigures:
     tensors = [ModelTensor(t.part, t.notation, t.source.dtype, t.shape) for t in plan.tensors]
     files = {layout.file: layout.file_bytes for layout in layout_of(plan, max_shard_bytes)}
     grown = _figures(tensors, plan.after, files, tied=plan.tied_after)
-    return GrowthFigures(checkpoint_figures(plan.header), grown, peak_memory_bytes(plan))
+    return GrowthFigures(checkpoint_figures(plan.header.stored), grown, peak_memory_bytes(plan))
 
 
 def _figures(tensors: Iterable[ModelTensor], sizes: Sizes, files: Mapping[str, int], *, tied: bool) -> ModelFigures:

@@ -26,6 +26,7 @@ from gdagrow.growth import block_rows
 from gdagrow.header import ITEM_BYTES
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, layout_of, num_workers
 from gdagrow.plan import GrowthPlan, TensorPlan
+from gdagrow.reading import open_reader
 from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record, record_text
 from gdagrow.split import Noise
 
@@ -96,7 +97,7 @@ def _write_weights(
     recipe = plan.recipe
     noise = None if recipe.exact_copies else Noise(recipe.snr_db, recipe.seed)
     written = {}
-    with TensorReader(plan.header) as reader, _Grower(reader, noise) as grower:
+    with open_reader(plan.header) as reader, _Grower(reader, noise) as grower:
         for layout in layouts:
             path = directory / layout.file
             with ShardWriter(path, layout) as writer:

@@ -54,6 +54,9 @@ def peak_memory_bytes(plan: GrowthPlan) -> int:
     chunks = (LOOKAHEAD + 1) * max(_chunk_bytes(tensor) for tensor in plan.tensors)
     kept = max(_kept_bytes(tensor) for tensor in plan.tensors)
     scratch = num_workers() * max(_scratch_bytes(tensor) for tensor in plan.tensors)
+    if plan.header.view_of:
+        # Rows that are stored in another order are copied together first.
+        scratch += num_workers() * max(_chunk_bytes(tensor) for tensor in plan.tensors)
     return chunks + kept + NUM_BLOCKS * BLOCK_BYTES + scratch
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from gdagrow.archs import Architecture, Parameter, Sizes, architecture_of
 from gdagrow.axes import AxisMaps, IndexMap, parse
+from gdagrow.convert import as_motif
 from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header, TensorInfo
@@ -60,7 +61,10 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """Everything that a growth will do: every map, shape and byte, and the grown config."""
+    """Everything that a growth will do: every map, shape and byte, and the grown config.
+
+    header: What is grown: the source, or a view of it in the layout that the recipe asks for.
+    """
 
     header: Header
     recipe: Recipe
@@ -86,9 +90,19 @@ class GrowthPlan:
         return {axis: str(value) if isinstance(value, Ratio) else value for axis, value in asked.items()}
 
     @property
+    def converted_from(self) -> str | None:
+        """The source's architecture, if the growth is one of a view in another layout."""
+        stored = self.header.stored
+        return None if stored is self.header else architecture_of(stored.config).name
+
+    @property
     def hints(self) -> tuple[str, ...]:
         """What a user may want to know before going on; never a refusal."""
         hints = []
+        if self.converted_from:
+            hints.append("the conversion makes each layer's subln.weight, lambda_q1 and lambda_k1, in float64 because "
+                         "a shorter dtype would round them; a trainer that casts them changes the function by that "
+                         "rounding")  # fmt: skip
         ratio = self.after.heads.ratio
         if ratio > LARGEST_SUPPORTED_RATIO:
             hints.append(f"the ratio {ratio}:1 is above {LARGEST_SUPPORTED_RATIO}:1, where the paper saw quality "
@@ -128,9 +142,14 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     architecture = architecture_of(header.config)
     before = architecture.sizes(header.config)
     parameters = claim(header, architecture, before)
+    if recipe.to is not None:
+        header = _converted(header, architecture)
+        architecture = architecture_of(header.config)
+        parameters = claim(header, architecture, before)
     heads = grow_heads(
         before.heads, signal=recipe.factor("signal"), noise=_whole(recipe, "noise"), kv=_whole(recipe, "kv")
     )
+    _require_ratio(architecture, heads)
     hidden = IndexMap.tile(before.hidden, _whole(recipe, "hidden"))
     ffn = IndexMap.tile(before.ffn, _whole(recipe, "ffn"))
     maps = axis_maps(heads, before.head_dim, {"hidden": hidden, "ffn": ffn, "vocab": IndexMap.identity(before.vocab)})
@@ -139,11 +158,27 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     if recipe.embeddings and not tied:
         raise PlanError(f"embeddings {recipe.embeddings}: the source's head and embedding are not tied; leave it out")
     tied_after = tied and recipe.embeddings != "untie"
-    if after == before and tied_after == tied:
+    if after == before and tied_after == tied and recipe.to is None:
         raise PlanError(f"nothing would grow: the source already has the ratio {before.heads.ratio}:1")
     tensors = tuple(_tensor_plans(header, recipe, architecture, parameters, maps, tied_after))
     config = architecture.grown_config(header.config, after, tied=tied_after)
     return GrowthPlan(header, recipe, architecture, before, after, heads, maps, config, tied, tied_after, tensors)
+
+
+def _converted(header: Header, architecture: Architecture) -> Header:
+    view = as_motif(header)
+    if view is header:
+        raise PlanError(f"to motif: {header.directory} has the {architecture.name} layout already; leave it out")
+    return view
+
+
+def _require_ratio(architecture: Architecture, heads: HeadGrowth) -> None:
+    only, ratio = architecture.only_ratio, heads.after.ratio
+    if only is not None and ratio != only:
+        raise PlanError(
+            f"the ratio would become {ratio}:1, and the {architecture.name} layout has {only}:1 alone; grow signal and "
+            "noise by the same factor, or convert the checkpoint as well with --to motif (to: motif in a recipe)"
+        )
 
 
 def _whole(recipe: Recipe, axis: str) -> int:
@@ -221,11 +256,16 @@ def grown_rows(
         yield GrownRow(head.name, architecture.embedding, head, head.notation)
 
 
-def why_moments_are_lost(row: GrownRow, architecture: Architecture, maps: AxisMaps, *, untied: bool) -> str | None:
+def why_moments_are_lost(
+    row: GrownRow, architecture: Architecture, maps: AxisMaps, *, untied: bool, made: bool
+) -> str | None:
     """Why the optimizer moments of a grown tensor cannot be carried exactly, or None where they can.
 
-    `untied`: whether the source's embeddings are tied and the grown model's are not.
+    `untied`: whether the source's embeddings are tied and the grown model's are not; `made`: whether the tensor was
+    made in a conversion.
     """
+    if made:
+        return "it is made in the conversion, from another value"
     if untied and row.name == architecture.embedding:
         return "its tied gradient was that of two parameters"
     if untied and row.name == architecture.head:
@@ -248,5 +288,7 @@ def _tensor_plans(
             part=row.parameter.part, growth=growth,
             noisy=growth.splits and not recipe.exact_copies and not carries_split,
             learning_rate_multiplier=prod((dim.old_size / dim.size for dim in read), start=1.0),
-            moments_lost=why_moments_are_lost(row, architecture, maps, untied=untied),
+            moments_lost=why_moments_are_lost(
+                row, architecture, maps, untied=untied, made=header.is_made(row.source)
+            ),
         )  # fmt: skip

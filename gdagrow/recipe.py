@@ -59,6 +59,7 @@ class Recipe(BaseModel):
     signal: How often each signal head is cloned, or a target ratio `R:1`.
     noise, kv, hidden, ffn: Whole factors for noise heads, KV groups, the residual width and the FFN width.
     uniform: One factor for all five: the HyperCloning baseline; stands alone.
+    to: The layout to convert to before anything grows, or None to keep the source's.
     embeddings: What becomes of tied embeddings: `keep` the tie (the final norm then carries the split) or `untie`.
     exact_copies: Leave copies identical; they then stay identical for ever in training.
     snr_db: How far below the weights the zero-sum noise lies that parts copies, in decibels; up to 20 (10%).
@@ -73,6 +74,7 @@ class Recipe(BaseModel):
     hidden: Factor = 1
     ffn: Factor = 1
     uniform: Factor = 1
+    to: Literal["motif"] | None = None
     embeddings: Literal["keep", "untie"] | None = None
     exact_copies: bool = False
     snr_db: Annotated[float, Field(ge=20.0, le=120.0)] = DEFAULT_SNR_DB
@@ -93,7 +95,7 @@ class Recipe(BaseModel):
         asked = [axis for axis in WIDTH_AXES if getattr(self, axis) != 1]
         if self.uniform != 1 and asked:
             raise ValueError(f"uniform grows all five axes and stands alone; remove {', '.join(asked)} or uniform")
-        if self.uniform == 1 and not asked and self.embeddings != "untie":
+        if self.uniform == 1 and not asked and self.embeddings != "untie" and self.to is None:
             raise ValueError("no growth asked for; give at least one factor above 1, such as --signal-x2 or signal: 2")
         return self
 
@@ -104,8 +106,8 @@ class Recipe(BaseModel):
 
     @property
     def label(self) -> str:
-        """A short name of the growth, for the default output directory: `signal-x2`, `ratio-4to1-hidden-x2`."""
-        parts = [f"uniform-x{self.uniform}"] * (self.uniform != 1)
+        """A short name of the growth, for the default output directory: `signal-x2`, `to-motif-ratio-4to1`."""
+        parts = [f"to-{self.to}"] * (self.to is not None) + [f"uniform-x{self.uniform}"] * (self.uniform != 1)
         if isinstance(self.signal, Ratio):
             parts.append(f"ratio-{self.signal.signal}to1")
         elif self.signal != 1:

@@ -39,6 +39,7 @@ def growth_record(
         "format": FORMAT,
         "versions": {"gdagrow": gdagrow.__version__, **_versions()},
         "architecture": plan.architecture.name,
+        "converted_from": plan.converted_from,
         "recipe": recipe.as_dict(),
         "factors": plan.factors,
         "tied": {"source": plan.tied_before, "grown": plan.tied_after},

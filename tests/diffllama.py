@@ -1,13 +1,14 @@
 """The DiffLlama models of `transformers`, which nobody here wrote, to and from Motif's layout at the ratio 1:1."""
 
 from math import exp
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from gdagrow.models.layers import lambda_init
+from gdagrow.lambda_init import lambda_init
 
 TOPOLOGIES = [
     # hidden, ffn, layers, heads, kv heads, head_dim, tied
@@ -19,21 +20,63 @@ TOPOLOGIES = [
 ]
 
 
-def diffllama(sizes: tuple[int, int, int, int, int, int, bool], seed: int) -> Any:
+# What a logit of `transformers` may err by, relative to the largest: float64, except where it goes down to float32,
+# which are norms, RoPE tables and lambda. That is four roundings in each of three layers (two norms, the rotation of
+# queries and keys, lambda) and one at the end, each of at most eps / 2; the difference of two attentions can be a third
+# of either, and the sub-norm scales it up again, error included: 13 * 3 * eps / 2, about 20 eps = 2.4e-6.
+FLOOR = 20 * torch.finfo(torch.float32).eps
+
+
+def diffllama(sizes: tuple[int, int, int, int, int, int, bool], seed: int, *, bias: bool = False) -> Any:
     """A random float64 DiffLlama with every parameter away from its initial value."""
     hidden, ffn, layers, heads, kv_heads, head_dim, tied = sizes
     config = transformers.DiffLlamaConfig(
         hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=40, tie_word_embeddings=tied, rms_norm_eps=1e-4,
-        attention_dropout=0.0, attn_implementation="sdpa", pad_token_id=None,
+        attention_dropout=0.0, attn_implementation="sdpa", pad_token_id=None, attention_bias=bias,
     )  # fmt: skip
-    model = transformers.DiffLlamaForCausalLM(config).double().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.DiffLlamaForCausalLM(config).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             deviation = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.3
             parameter.add_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator) * deviation)
     return model
+
+
+def floor_of(model: Any, condition: float) -> float:
+    """`FLOOR` for a random model: 8 times its measured condition (see `gdagrow.verify.logits`) in float32 roundings.
+
+    Its norms and RoPE tables err by at most eps each, and the condition says how much of that reaches a logit. It does
+    not know lambda, whose error is one of the difference of two attentions: of `|1 - lambda|` where both are alike.
+    """
+    left = 1.0
+    for layer in model.model.layers:
+        own = layer.self_attn
+        weight = (own.lambda_q1 @ own.lambda_k1).exp() - (own.lambda_q2 @ own.lambda_k2).exp() + own.lambda_init
+        left = min(left, abs(1 - weight.item()))
+    return 8 * condition / left * torch.finfo(torch.float32).eps
+
+
+def save_diffllama(
+    directory: Path, sizes: tuple[int, int, int, int, int, int, bool], *, dtype: torch.dtype, bias: bool = False,
+    seed: int = 1,
+) -> None:  # fmt: skip
+    """Write such a model as `transformers` saves it."""
+    diffllama(sizes, seed, bias=bias).to(dtype).save_pretrained(directory)
+
+
+def load_diffllama(directory: Path) -> Any:
+    """Load a directory in `transformers` alone, in float64; nothing may be missing or left over."""
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float64, attn_implementation="sdpa", output_loading_info=True
+    )
+    assert not any(told.values()), told
+    assert type(model) is transformers.DiffLlamaForCausalLM
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    return model.eval()
 
 
 def motif_config(config: Any) -> dict[str, Any]:

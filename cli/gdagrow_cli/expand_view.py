@@ -83,7 +83,7 @@ def _progress(num_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]
 
 
 def _print(console: Console, checkpoint: Path, plan: GrowthPlan, expansion: Expansion, seconds: float) -> None:
-    before = sum(info.num_elements for info in plan.header.tensors.values())
+    before = sum(info.num_elements for info in plan.header.stored.tensors.values())
     after = sum(tensor.num_elements for tensor in plan.tensors)
     files = f"{len(expansion.shards)} file{'s' * (len(expansion.shards) != 1)}"
     print_unbroken(console, f"wrote {expansion.target}")

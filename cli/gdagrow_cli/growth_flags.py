@@ -39,6 +39,7 @@ _FLAGS: Final[Mapping[str, Any]] = {
     "uniform": _factor("--uniform-x", "All five N times: the HyperCloning baseline; stands alone."),
     "head_dim": _factor("--head-dim-x", "Cannot grow, and says why.", hidden=True),
     "ratio": _text("--ratio", "R:1", "Clone signal heads up to R for each noise head, instead of --signal-x.", _GROWTH),
+    "to": _text("--to", "LAYOUT", "Convert to another layout first: motif (from diffllama), for any ratio.", _GROWTH),
     "recipe_file": _text("--recipe", "FILE", "Read the growth from a YAML file; flags override its fields.", _GROWTH),
     "untie": _switch("--untie/--keep-tied", "What becomes of tied embeddings; by default they stay tied.", _GROWTH),
     "exact_copies": _switch("--exact-copies", "Leave copies identical; they stay so for ever in training.", _COPIES),
@@ -49,7 +50,7 @@ _FLAGS: Final[Mapping[str, Any]] = {
 # Fields of a recipe whose flag gives them as they are.
 _FIELDS: Final = {
     **{axis: f"--{axis}-x" for axis in ("signal", "noise", "kv", "hidden", "ffn", "uniform")},
-    "head_dim": "--head-dim-x", "exact_copies": "--exact-copies", "snr_db": "--snr-db", "seed": "--seed",
+    "head_dim": "--head-dim-x", "to": "--to", "exact_copies": "--exact-copies", "snr_db": "--snr-db", "seed": "--seed",
 }  # fmt: skip
 
 _GLUED: Final = re.compile(r"(--(?:signal|noise|kv|hidden|ffn|uniform|head-dim)-x)([^=].*)", re.DOTALL)

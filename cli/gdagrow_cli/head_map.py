@@ -1,6 +1,6 @@
 """The heads of one layer as a picture: a row for each query group, its signal heads and its noise head last."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rich.table import Table
@@ -17,16 +17,17 @@ _WIDTH_OF_THE_REST: Final = 42  # the other columns and the noise head
 _WIDTH_OF_LEFT_OUT: Final = 14
 
 
-def draw_heads(heads: Heads, width: int) -> Table:
-    """Each query group with the KV group that serves it: `S` is a signal head, `N` the noise head."""
+def draw_heads(heads: Heads, query_heads: Mapping[int, Sequence[int]], width: int) -> Table:
+    """Each query group with the KV group that serves it: `S` is a signal head, `N` the noise head.
+
+    query_heads: For each group the numbers of its query heads in the checkpoint.
+    """
     table = _table("query heads")
     for group in _shown(heads.num_groups, _MAX_GROUPS):
         if group is None:
             table.add_row("", "", Text(f"... {heads.num_groups - _MAX_GROUPS} more groups alike", "dim"), "")
             continue
-        first = group * (heads.ratio + 1)
-        cells = ["S"] * heads.ratio
-        table.add_row(*_place(heads, group), _cells(cells, width), f"{first}-{first + heads.ratio}")
+        table.add_row(*_place(heads, group), _cells(["S"] * heads.ratio, width), _numbers(query_heads[group]))
     return table
 
 
@@ -75,6 +76,11 @@ def _cells(signal: Sequence[str], width: int) -> Text:
             text.append(f" {signal[i]} ", SIGNAL)
             text.append(" ")
     return text.append(" N ", NOISE)
+
+
+def _numbers(heads: Sequence[int]) -> str:
+    first, last = heads[0], heads[-1]
+    return f"{first}-{last}" if last - first + 1 == len(heads) else ", ".join(map(str, heads))
 
 
 def _shown(count: int, at_most: int) -> list[int | None]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gdagrow.archs import architecture_of
+from gdagrow.axes import coordinates, size_of
 from gdagrow.costs import ModelFigures, checkpoint_figures
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_header
@@ -35,7 +36,9 @@ def _growth(checkpoint: Path, record: Any) -> dict[str, Any]:
     try:
         noise = record["noise"]
         return {
-            "source": record["source"]["name"], "factors": dict(record["factors"]), "recipe": dict(record["recipe"]),
+            "source": record["source"]["name"], "converted_from": record.get("converted_from"),
+            "architecture": record["architecture"], "factors": dict(record["factors"]),
+            "recipe": dict(record["recipe"]),
             "noise": noise and {"snr_db": float(noise["snr_db"]), "seed": int(noise["seed"])},
             "gdagrow": record["versions"]["gdagrow"],
         }  # fmt: skip
@@ -54,17 +57,30 @@ def _print(header: Header, name: str, figures: ModelFigures, growths: list[dict[
         print_unbroken(console, _growth_sentence(growth))
     console.print()
     console.print("Heads of every layer", style=HEADING)
-    console.print(draw_heads(sizes.heads, console.width))
+    console.print(draw_heads(sizes.heads, _query_heads(header), console.width))
     console.print(legend())
     console.print()
     console.print(figures_table({"": figures}))
 
 
+def _query_heads(header: Header) -> dict[int, list[int]]:
+    """The numbers of each group's query heads, in the order in which the checkpoint stores them all."""
+    architecture = architecture_of(header.config)
+    rows = (row.parsed for row in architecture.table(header.config))
+    (queries, *_) = (row.dims[0] for row in rows if {"group", "signal"} <= row.axes(read=False))
+    one_row_a_head = {**architecture.sizes(header.config).axes, "head_dim": 1}
+    groups: dict[int, list[int]] = {}
+    for head in range(size_of(queries, one_row_a_head)):
+        groups.setdefault(dict(coordinates(queries, one_row_a_head, head))["group"], []).append(head)
+    return groups
+
+
 def _growth_sentence(growth: Mapping[str, Any]) -> str:
-    done = ", ".join(f"{axis} {_times(value)}" for axis, value in growth["factors"].items() if value != 1)
+    done = [f"{growth['converted_from']} to {growth['architecture']}"] if growth["converted_from"] else []
+    done += [f"{axis} {_times(value)}" for axis, value in growth["factors"].items() if value != 1]
     noise = growth["noise"]
     copies = "exact copies" if noise is None else f"noise {noise['snr_db']:g} dB down, seed {noise['seed']}"
-    return f"grown from {growth['source']}: {done or 'untied'}; {copies} (gdagrow {growth['gdagrow']})"
+    return f"grown from {growth['source']}: {', '.join(done) or 'untied'}; {copies} (gdagrow {growth['gdagrow']})"
 
 
 def _times(value: Any) -> str:

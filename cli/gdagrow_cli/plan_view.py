@@ -42,10 +42,11 @@ def plan_as_dict(plan: GrowthPlan, figures: GrowthFigures, companions: Companion
     return {
         "directory": str(plan.header.directory),
         "architecture": plan.architecture.name,
+        "converted_from": plan.converted_from,
         "recipe": plan.recipe.as_dict(),
         "factors": plan.factors,
         **figures.as_dict(),
-        "shapes": {t.name: {"source": _shape(t)[0], "grown": _shape(t)[1]} for t in plan.tensors},
+        "shapes": {t.name: {"source": _source_shape(plan, t), "grown": t.shape} for t in plan.tensors},
         "lineage": plan.heads.lineage(),
         "companions": {"copied": companions.copied, "left_behind": {s.path: s.reason for s in companions.skipped}},
         "learning_rate_multipliers": learning_rate_multipliers(plan),
@@ -61,13 +62,16 @@ def learning_rate_multipliers(plan: GrowthPlan) -> dict[str, float]:
 
 def growth_text(plan: GrowthPlan) -> str:
     """What is done, on one line: `signal x2, hidden x2; noise 40 dB down, seed 0`."""
-    done = [
+    done = [f"{plan.converted_from} to {plan.architecture.name}"] if plan.converted_from else []
+    done += [
         f"{axis} to {value}" if isinstance(value, str) else f"{axis} x{value}"
         for axis, value in plan.factors.items()
         if value != 1
     ]
     if plan.tied_before:
         done.append("embeddings stay tied" if plan.tied_after else "embeddings untied")
+    if not any(tensor.growth.splits for tensor in plan.tensors):
+        return ", ".join(done)
     recipe = plan.recipe
     copies = "exact copies" if recipe.exact_copies else f"noise {recipe.snr_db:g} dB down, seed {recipe.seed}"
     return f"{', '.join(done)}; {copies}"
@@ -131,9 +135,9 @@ def _shapes_table(plan: GrowthPlan) -> Table:
         if tensor is None:
             table.add_row(label)
             continue
-        before, after = _shape(tensor)
+        before, after = _source_shape(plan, tensor), tensor.shape
         rate = f"x{tensor.learning_rate_multiplier:.4g}" if tensor.learning_rate_multiplier != 1 else ""
-        table.add_row(label, _dims(before), _dims(after) if after != before else "=", rate)
+        table.add_row(label, _dims(before or ()), _dims(after) if after != before else "=", rate)
     return table
 
 
@@ -148,8 +152,9 @@ def _labelled(rows: dict[str, TensorPlan]) -> Iterator[tuple[TensorPlan | None, 
         yield tensor, f"  {name}" if layered else parameter
 
 
-def _shape(tensor: TensorPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tensor.source.shape, tensor.shape
+def _source_shape(plan: GrowthPlan, tensor: TensorPlan) -> tuple[int, ...] | None:
+    """The shape of the stored tensor; None for one that a conversion makes."""
+    return tensor.source.shape if tensor.source.name in plan.header.stored.tensors else None
 
 
 def _dims(shape: tuple[int, ...]) -> str:

@@ -60,6 +60,7 @@ class Architecture(Protocol):
     embedding: str  # the parameter that a tied head shares
     head: str  # the parameter that an untied head adds
     last_norm: str  # the norm before the head, which carries the split of a tied head's input
+    only_ratio: int | None  # the one ratio that the layout can hold, None if it holds any
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
         """Read a config. Raises CheckpointError naming every key that is missing or makes no sense."""
@@ -80,9 +81,10 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         CheckpointError: no table covers it; names those that exist.
     """
+    from gdagrow.archs.diffllama import DiffLlama
     from gdagrow.archs.motif import Motif
 
-    tables: dict[str, Architecture] = {"motif": Motif()}
+    tables: dict[str, Architecture] = {"motif": Motif(), "diffllama": DiffLlama()}
     model_type = config.get("model_type")
     found = tables.get(model_type.lower()) if isinstance(model_type, str) else None
     if found is None:
@@ -91,3 +93,13 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             "(docs/add-an-architecture.md says what a new one takes)"
         )
     return found
+
+
+def whole_number(config: Mapping[str, Any], key: str, problems: list[str], default: int | None = None) -> int:
+    """Read a whole number of 1 or more; where it is none, say so in `problems` and go on with 1."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        problems.append(f"{key}: expected a whole number of 1 or more, got {value!r}")
+        return 1
+    return value

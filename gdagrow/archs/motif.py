@@ -6,7 +6,7 @@ Source: the public checkpoints' layout; docs/notation.md walks through the table
 from collections.abc import Mapping
 from typing import Any
 
-from gdagrow.archs import Parameter, Sizes
+from gdagrow.archs import Parameter, Sizes, whole_number
 from gdagrow.errors import CheckpointError
 from gdagrow.heads import Heads
 
@@ -53,17 +53,13 @@ class Motif:
     embedding = "model.embed_tokens.weight"
     head = _HEAD.name
     last_norm = "model.norm.weight"
+    only_ratio: int | None = None
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
         problems: list[str] = []
 
         def whole(key: str, default: int | None = None) -> int:
-            value = config.get(key)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                problems.append(f"{key}: expected a whole number of 1 or more, got {value!r}")
-                return 1
-            return value
+            return whole_number(config, key, problems, default)
 
         hidden, ffn, vocab = whole("hidden_size"), whole("intermediate_size"), whole("vocab_size")
         num_layers, num_heads = whole("num_hidden_layers"), whole("num_attention_heads")

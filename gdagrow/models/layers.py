@@ -6,24 +6,19 @@ than the activations, such as float32 lambdas beside bf16 matrices, are cast whe
 """
 
 from collections.abc import Collection
-from math import exp
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdagrow.lambda_init import lambda_init
 from gdagrow.models.config import GdaConfig
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = frozenset(ATTENTION_PROJECTIONS + MLP_PROJECTIONS)
 POLY_NORM_EPS = 1e-6
-
-
-def lambda_init(layer_index: int) -> float:
-    """The constant part of lambda in layer `layer_index` (0-based, so layer 0 gives -0.0099; Motif's own counting)."""
-    return 0.8 - 0.6 * exp(-0.3 * (layer_index - 1))
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from gdagrow.archs import architecture_of
-from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.convert import as_motif
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
 from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaMlp, LayerCache, RmsNorm
 from gdagrow.plan import claim
+from gdagrow.reading import open_reader
 
 # Elements of a head's weight to read at a time.
 HEAD_ELEMENTS = 2**24
@@ -60,12 +61,14 @@ class StreamedModel:
         architecture = architecture_of(header.config)
         self.sizes = architecture.sizes(header.config)
         claim(header, architecture, self.sizes)
+        # What else there is, the reference model runs in Motif's layout.
+        header = as_motif(header)
         self.config = GdaConfig.from_dict(header.config)
         self.is_tied = architecture.is_tied(header.config)
         self.embedding_name, self.last_norm_name = architecture.embedding, architecture.last_norm
         self.head_name = architecture.embedding if self.is_tied else architecture.head
         self._header, self._dtype, self._device, self._hook = header, dtype, device, hook
-        self._reader = TensorReader(header)
+        self._reader = open_reader(header)
         self._memory = torch.empty(0, dtype=dtype, device=device)
 
     def __enter__(self) -> Self:

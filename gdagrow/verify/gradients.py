@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gdagrow.archs import architecture_of
 from gdagrow.axes import IndexMap, parse
+from gdagrow.convert import as_motif
 from gdagrow.engine import grow_moment
 from gdagrow.errors import CompareError
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header
 from gdagrow.plan import GrownRow, claim, grown_rows, why_moments_are_lost
@@ -24,6 +24,7 @@ from gdagrow.verify.backward import BackwardPass, Gradients
 from gdagrow.verify.forward import HEAD_ELEMENTS, StreamedModel
 from gdagrow.verify.lineage import Lineage, lineage_of
 from gdagrow.verify.logits import longest_sum, require_same_vocabulary, rounds_weights
+from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.rounding import Budget, Disturbance
 
 Progress = Callable[[str], None]
@@ -111,7 +112,7 @@ def compare_gradients(
     """
     if tokens.shape[1] < 2:
         raise CompareError("a gradient needs a next token: expected sequences of at least 2 tokens, got 1")
-    headers = read_header(source), read_header(grown)
+    headers = read_pair(source, grown)
     noises = [Disturbance(0, dtype, seed) for seed in range(_NUM_DISTURBED)]
     report = progress or (lambda _: None)
     with ExitStack() as stack:
@@ -125,7 +126,7 @@ def compare_gradients(
             lineage = lineage_of(*headers, untied=untied)
         except CompareError as error:
             raise CompareError(f"gradients cannot be held against each other: {error}") from None
-        meter = _Meter(headers, lineage, after, untied=untied)
+        meter = _Meter((as_motif(headers[0]), as_motif(headers[1])), lineage, untied=untied)
         report("forward")
         passes = [BackwardPass(model, tokens) for model in (before, after)]
         passes += [
@@ -176,17 +177,26 @@ class _Largest:
 class _Meter:
     """Holds gradients against what the growth's maps say of them."""
 
-    def __init__(self, headers: tuple[Header, Header], lineage: Lineage, after: StreamedModel, *, untied: bool) -> None:
+    def __init__(self, headers: HeaderPair, lineage: Lineage, *, untied: bool) -> None:
+        """Both `headers` are in Motif's layout, in which the reference model runs."""
         source, grown = headers
         architecture = architecture_of(source.config)
         parameters = claim(source, architecture, architecture.sizes(source.config))
-        rows = list(grown_rows(source, architecture, parameters, tied_after=after.is_tied))
+        rows = list(grown_rows(source, architecture, parameters, tied_after=architecture.is_tied(grown.config)))
         _require_same_tensors(grown, rows)
         self._rows: dict[str, list[GrownRow]] = {}
         for row in rows:
             self._rows.setdefault(row.source, []).append(row)
         self._growths = {text: TensorGrowth.of(parse(text), lineage.maps) for text in {row.notation for row in rows}}
-        self._lost = {row.name: why_moments_are_lost(row, architecture, lineage.maps, untied=untied) for row in rows}
+        # What only a view has, on both sides, is no parameter.
+        self._stored = grown.stored.tensors.keys()
+        converted = source.view_of is not None and grown.view_of is None
+        self._lost = {
+            row.name: why_moments_are_lost(
+                row, architecture, lineage.maps, untied=untied, made=converted and source.is_made(row.source)
+            )
+            for row in rows
+        }
         self._found = {row.name: _Largest() for row in rows}
 
     def add(self, source: Gradients, grown: Gradients, *disturbed: Gradients) -> None:
@@ -210,7 +220,7 @@ class _Meter:
 
     def differences(self, budget: Budget) -> tuple[GradientDifference, ...]:
         """Everything that was added."""
-        rows = list(chain.from_iterable(self._rows.values()))
+        rows = [row for row in chain.from_iterable(self._rows.values()) if row.name in self._stored]
         tolerances = {row.name: self._tolerance(self._found[row.name], budget) for row in rows}
         # The same row of the table in another layer is one more measurement of its condition.
         highest: dict[str, float] = {}

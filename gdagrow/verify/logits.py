@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gdagrow.archs import architecture_of
 from gdagrow.errors import CheckpointError, CompareError
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import ITEM_BYTES, Header
 from gdagrow.verify.decode import Decoding, decode
 from gdagrow.verify.figures import LogitFigures
 from gdagrow.verify.forward import StreamedModel
 from gdagrow.verify.lineage import lineage_of
+from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.parts import PartDifference, PartMeter
 from gdagrow.verify.rounding import Budget, Disturbance
 
@@ -119,7 +119,7 @@ def compare(
         CheckpointError: a checkpoint cannot be read or run.
         CompareError: the models have different vocabularies, or the source's logits are not finite or all zero.
     """
-    headers = read_header(source), read_header(grown)
+    headers = read_pair(source, grown)
     report = progress or (lambda _: None)
     noise = Disturbance(len(tokens), dtype)
     with (
@@ -201,7 +201,7 @@ class _Run:
             self._meter.add(layer, part, source, grown)
 
 
-def require_same_vocabulary(headers: tuple[Header, Header], before: StreamedModel, after: StreamedModel) -> None:
+def require_same_vocabulary(headers: HeaderPair, before: StreamedModel, after: StreamedModel) -> None:
     if before.sizes.vocab != after.sizes.vocab:
         source, grown = (header.directory for header in headers)
         raise CompareError(
@@ -217,7 +217,7 @@ def longest_sum(before: StreamedModel, after: StreamedModel, length: int) -> int
     return max(length, *(width for model in widths for width in model))
 
 
-def rounds_weights(headers: tuple[Header, Header], dtype: torch.dtype) -> bool:
+def rounds_weights(headers: HeaderPair, dtype: torch.dtype) -> bool:
     """Whether weights are stored with more bits than the arithmetic has."""
     return any(ITEM_BYTES[info.dtype] > dtype.itemsize for header in headers for info in header.tensors.values())
 

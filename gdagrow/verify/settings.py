@@ -12,7 +12,8 @@ _SIZES: Final = frozenset({
 # What tools write beside a model, and what only matters in training or sampling.
 _NO_FUNCTION: Final = frozenset({
     "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id",
-    "hidden_dropout", "initializer_range", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
+    "hidden_dropout", "initializer_range", "lambda_std_dev", "pad_token_id", "torch_dtype", "transformers_version",
+    "use_cache",
 })  # fmt: skip
 # What an absent key means (GdaConfig).
 _DEFAULTS: Final[Mapping[str, Any]] = {"attn_rms_norm_eps": 1e-5}

@@ -1,20 +1,19 @@
 """The certificate: a grown checkpoint folded back onto its source, weight by weight; no model is run."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gdagrow.archs import Parameter, architecture_of
+from gdagrow.archs import architecture_of
 from gdagrow.axes import AxisMaps, parse
 from gdagrow.errors import CompareError
-from gdagrow.formats.safetensors_header import read_header
-from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.growth import TensorGrowth
-from gdagrow.header import Header
 from gdagrow.plan import claim, grown_rows
+from gdagrow.reading import open_reader
 from gdagrow.verify.lineage import lineage_of
+from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.settings import Setting, other_settings
 from gdagrow.verify.tensors import Folded, Folder, Pair, Place, PlaceKey, add_places
 
@@ -77,10 +76,8 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
         CheckpointError: a checkpoint or `growth.json` cannot be read, or does not fit.
         CompareError: the models differ in what growth never changes, or no maps lead from one to the other.
     """
-    headers = read_header(source), read_header(grown)
+    headers = read_pair(source, grown)
     before, after = (architecture_of(header.config).sizes(header.config) for header in headers)
-    claimed = [claim(header, architecture_of(header.config), sizes)
-               for header, sizes in zip(headers, (before, after), strict=True)]  # fmt: skip
     tied = [architecture_of(header.config).is_tied(header.config) for header in headers]
     try:
         lineage = lineage_of(*headers, untied=tied[0] and not tied[1])
@@ -89,9 +86,9 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
             f"weights cannot be folded back: {error}; what the models compute over the same vocabulary can be "
             "compared: gdagrow diff without --weights"
         ) from None
-    pairs, differences = _pairs(headers, claimed[0], lineage.maps)
+    pairs, differences = _pairs(headers, lineage.maps)
     wrong: dict[str, _Wrong] = {}
-    with TensorReader(headers[0]) as old, TensorReader(headers[1]) as new:
+    with open_reader(headers[0]) as old, open_reader(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
             if folded.num_wrong:
                 wrong.setdefault(folded.pair.grown.name, _Wrong()).add(folded)
@@ -121,12 +118,11 @@ class _Wrong:
         add_places(self.places, folded.places)
 
 
-def _pairs(
-    headers: tuple[Header, Header], parameters: Mapping[str, Parameter], maps: AxisMaps
-) -> tuple[list[Pair], list[TensorDifference]]:
+def _pairs(headers: HeaderPair, maps: AxisMaps) -> tuple[list[Pair], list[TensorDifference]]:
     """Each grown tensor with its source, and what has no counterpart."""
     source, grown = headers
     architecture = architecture_of(source.config)
+    parameters = claim(source, architecture, architecture.sizes(source.config))
     rows = list(grown_rows(source, architecture, parameters, tied_after=architecture.is_tied(grown.config)))
     growths = {text: TensorGrowth.of(parse(text), maps) for text in {row.notation for row in rows}}
     pairs, problems = [], []

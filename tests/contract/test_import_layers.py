@@ -10,11 +10,12 @@ PACKAGE = Path(__file__).parents[2] / "gdagrow"
 
 # From the ground up. A package counts as one; its own modules may import one another.
 ORDER = (
-    "errors", "header", "axes", "heads", "growth", "split", "engine", "recipe", "archs", "formats", "plan", "record",
-    "layout", "costs", "expand", "models", "verify", "train",
+    "errors", "header", "axes", "heads", "growth", "split", "engine", "recipe", "archs", "formats", "lambda_init",
+    "convert", "reading", "plan", "record", "layout", "costs", "expand", "models", "verify", "train",
 )  # fmt: skip
 # Stricter than the order: these stand beside the growth of tensors and know nothing of it.
-ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats"}, "split": set(), "header": set()}
+ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats", "lambda_init"},
+        "split": set(), "header": set(), "lambda_init": set()}  # fmt: skip
 # The command line's own, which the library never needs; the demo draws its progress itself.
 TERMINAL, MAY_DRAW = {"typer", "click", "rich", "gdagrow_cli"}, {"train/demo.py"}
 # Slow to import or not installed everywhere: inside functions only.

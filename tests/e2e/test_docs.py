@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoints import write_checkpoint
+from tests.diffllama import TOPOLOGIES, save_diffllama
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -28,6 +30,8 @@ def shown(page: Path) -> list[list[str]]:
 def test_every_gdagrow_command_of_a_page_runs_in_order(page: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "demo" / "source", vocab=256, groups=2, kv_groups=2)
     write_checkpoint(tmp_path / "Motif-2.6B", plain=True, ratio=1, groups=2, hidden=32, tied=True)
+    if "gdagrow expand DiffLlama-0.3B" in page.read_text():
+        save_diffllama(tmp_path / "DiffLlama-0.3B", TOPOLOGIES[0], dtype=torch.bfloat16)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "text.txt").write_text("the words to compare two models on " * 20)
     for command in shown(page):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdagrow.axes import AxisMaps, Expression, IndexMap, Segment, parse
+from gdagrow.axes import AxisMaps, Expression, IndexMap, Segment, coordinates, parse
 from gdagrow.errors import GdagrowError
 from tests.growths import RANDOM
 
@@ -20,6 +20,7 @@ SIZES = {"group": 2, "signal": 3, "kv": 1, "head_dim": 4, "hidden": 5, "ffn": 7,
     [
         ("vocab -> hidden", (11, 5), (True, False)),
         ("(group (signal + 1) head_dim) <- hidden", (2 * 4 * 4, 5), (False, True)),
+        ("(((group signal) + group) head_dim) <- hidden", ((2 * 3 + 2) * 4, 5), (False, True)),
         ("hidden <- (group signal 2 head_dim)", (5, 2 * 3 * 2 * 4), (False, True)),
         ("(kv 2 head_dim) <- hidden", (8, 5), (False, True)),
         ("hidden <-", (5,), (False,)),
@@ -35,6 +36,19 @@ def test_shapes_and_roles(text: str, shape: tuple[int, ...], reads: tuple[bool, 
     notation = parse(text)
     assert notation.shape(SIZES) == shape
     assert notation.reads == reads
+
+
+def test_coordinates_of_an_index() -> None:
+    """Signal head 2 of group 1 and its noise head, in a sum inside a product and in a product inside a sum."""
+    for text, signal, noise in (
+        ("(group (signal + 1) head_dim)", 4 * (4 + 2) + 3, 4 * (4 + 3)),
+        ("(((group signal) + group) head_dim)", 4 * 5 + 3, 4 * 7),
+    ):  # fmt: skip
+        (dim,) = parse(text).dims
+        assert dict(coordinates(dim, SIZES, signal)) == {"group": 1, "signal": 2, "head_dim": 3}
+        assert {axis: i for axis, i in coordinates(dim, SIZES, noise) if axis != "1"} == {"group": 1, "head_dim": 0}
+    (values,) = parse("(kv 2 head_dim)").dims
+    assert list(coordinates(values, SIZES, 6)) == [("kv", 0), ("2", 1), ("head_dim", 2)]
 
 
 def test_axes_by_role() -> None:
@@ -121,7 +135,21 @@ def test_segments_number_the_copies(index_map: IndexMap) -> None:
 
 # Dimensions over the plain axes `a` and `b`, and `s`, which is nested in `g` and has a map for each new index of it.
 LEAVES = st.sampled_from(
-    ["a", "b", "1", "2", "3", "g", "(g s)", "(g (s + 1) a)", "(g s 2 b)", "(g 2 s)", "(g ((s 2) + a + s))"]
+    [
+        "a",
+        "b",
+        "1",
+        "2",
+        "3",
+        "g",
+        "(g s)",
+        "(g (s + 1) a)",
+        "(g s 2 b)",
+        "(g 2 s)",
+        "(g ((s 2) + a + s))",
+        "(((g s) + g) a)",
+        "(2 g a)",
+    ]
 )
 DIMS = st.recursive(
     LEAVES,

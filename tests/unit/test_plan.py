@@ -168,5 +168,5 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_error() -> None:
 def test_a_model_type_without_a_table(model_type: object) -> None:
     with pytest.raises(CheckpointError) as error:
         make_plan(Header(Path("source"), SMALL | {"model_type": model_type}, {}, {}), make_recipe({"signal": 2}))
-    known = "gdagrow knows motif (docs/add-an-architecture.md says what a new one takes)"
+    known = "gdagrow knows motif, diffllama (docs/add-an-architecture.md says what a new one takes)"
     assert str(error.value) == f"config.json: model_type {model_type!r} has no table; {known}"

@@ -62,6 +62,8 @@ def test_a_recipe_is_immutable() -> None:
         ({"uniform": 2, "embeddings": "untie"}, "uniform-x2-untied"),
         ({"embeddings": "untie"}, "untied"),
         ({"hidden": 2, "embeddings": "keep"}, "hidden-x2"),
+        ({"to": "motif"}, "to-motif"),
+        ({"to": "motif", "uniform": 2, "embeddings": "untie"}, "to-motif-uniform-x2-untied"),
         (SHIPPED["motif-2.6b-to-12.7b-width"], "signal-x4-hidden-x2-ffn-x2-untied"),
     ],
 )
@@ -76,7 +78,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     values: dict[str, Any] = draw(st.fixed_dictionaries({}, optional=some))
     values["signal"] = draw(factors | st.integers(1, 512).map(lambda ratio: f"{ratio}:1"))
     return values | draw(st.fixed_dictionaries({}, optional={
-        "embeddings": st.sampled_from(["keep", "untie"]), "exact_copies": st.booleans(),
+        "to": st.just("motif"), "embeddings": st.sampled_from(["keep", "untie"]), "exact_copies": st.booleans(),
         "snr_db": st.floats(20, 120), "seed": st.integers(0, 2**64 - 1),
     }))  # fmt: skip
 
@@ -124,7 +126,7 @@ def test_as_dict_reads_back(values: dict[str, Any]) -> None:
         ),
         (
             {"signals": 2, "signal": 2},
-            "unknown key 'signals', expected one of signal, noise, kv, hidden, ffn, uniform, embeddings, "
+            "unknown key 'signals', expected one of signal, noise, kv, hidden, ffn, uniform, to, embeddings, "
             "exact_copies, snr_db, seed",
         ),
         ({"signal": 2, "embeddings": "drop"}, "embeddings: input should be 'keep' or 'untie', got 'drop'"),

@@ -1,0 +1,25 @@
+"""The headers of a source and of what it grew into, held against their tables."""
+
+from pathlib import Path
+
+from gdagrow.archs import architecture_of
+from gdagrow.convert import as_motif
+from gdagrow.formats.safetensors_header import read_header
+from gdagrow.header import Header
+from gdagrow.plan import claim
+
+HeaderPair = tuple[Header, Header]
+
+
+def read_pair(source: Path, grown: Path) -> HeaderPair:
+    """Read two checkpoints, the source in the layout in which it was grown: Motif's, if the grown one has that.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, does not fit its table, or cannot be seen in Motif's layout.
+    """
+    before, after = read_header(source), read_header(grown)
+    for header in (before, after):
+        architecture = architecture_of(header.config)
+        claim(header, architecture, architecture.sizes(header.config))
+    is_motif = architecture_of(after.config).name == "motif"
+    return (as_motif(before) if is_motif else before), after

@@ -14,7 +14,8 @@ from typing import Any, Final
 from gdagrow.archs import Parameter, Sizes
 from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
-from gdagrow.axes import IndexMap, parse, reordering, size_of
+from gdagrow.axes import IndexMap, parse, size_of
+from gdagrow.coordinates import reordering
 from gdagrow.errors import CheckpointError
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 
@@ -31,7 +32,7 @@ def as_motif(header: Header) -> Header:
     """See a checkpoint in Motif's layout.
 
     Args:
-        header: A checkpoint that fits its own table (`gdagrow.plan.claim`).
+        header: A checkpoint that fits its own table (`gdagrow.rows.claim`).
 
     Returns:
         A view: `open_reader` reads its tensors from the stored ones. A Motif checkpoint is returned as it is.

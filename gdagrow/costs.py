@@ -10,7 +10,8 @@ from gdagrow.archs import Sizes, architecture_of
 from gdagrow.axes import parse
 from gdagrow.header import ITEM_BYTES, Header
 from gdagrow.layout import layout_of, peak_memory_bytes
-from gdagrow.plan import GrowthPlan, claim
+from gdagrow.plan import GrowthPlan
+from gdagrow.rows import claim
 
 PARTS: Final = ("embedding", "attention", "mlp", "norm", "head")
 

@@ -9,13 +9,12 @@ from typing import Any
 from gdagrow.archs import Architecture, Parameter, Sizes, architecture_of
 from gdagrow.axes import AxisMaps, IndexMap, parse
 from gdagrow.convert import as_motif
-from gdagrow.errors import CheckpointError, PlanError
+from gdagrow.errors import PlanError
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header, TensorInfo
 from gdagrow.heads import HeadGrowth, Ratio, axis_maps, grow_heads
 from gdagrow.recipe import Recipe
-
-GROWABLE_DTYPES = ("F64", "F32", "BF16", "F16")
+from gdagrow.rows import claim, grown_rows, why_moments_are_lost
 
 # The paper's ratios decline beyond this many signal heads to a noise head.
 LARGEST_SUPPORTED_RATIO = 5
@@ -185,93 +184,6 @@ def _whole(recipe: Recipe, axis: str) -> int:
     factor = recipe.factor(axis)
     assert isinstance(factor, int)
     return factor
-
-
-def claim(header: Header, architecture: Architecture, sizes: Sizes) -> dict[str, Parameter]:
-    """Give every stored tensor its one row of the table.
-
-    Returns:
-        Tensor name to row, in the table's order, layer by layer.
-
-    Raises:
-        CheckpointError: names every tensor that is missing, unknown, misshapen or of a dtype that cannot be grown.
-    """
-    present = {p for p in architecture.table(header.config) if not p.optional or _is_stored(p, header)}
-    claimed: dict[str, Parameter] = {}
-    for parameter, layer in _in_order(architecture.table(header.config), sizes.num_layers):
-        if parameter in present:
-            claimed[parameter.name.format(layer=layer)] = parameter
-    problems = [f"missing {name}" for name in claimed if name not in header.tensors]
-    problems += [f"unknown {name}" for name in header.tensors if name not in claimed]
-    for name, parameter in claimed.items():
-        info, expected = header.tensors.get(name), parameter.parsed.shape(sizes.axes)
-        if info and info.shape != expected:
-            problems.append(f"{name} has shape {list(info.shape)}, expected {list(expected)} ({parameter.notation})")
-        if info and info.dtype not in GROWABLE_DTYPES:
-            problems.append(f"{name} is stored as {info.dtype}, expected one of {', '.join(GROWABLE_DTYPES)}")
-    if problems:
-        raise CheckpointError(
-            f"{header.directory}: {len(problems)} tensors do not fit the {architecture.name} table at the sizes in "
-            "config.json: " + "; ".join(problems)
-        )
-    return claimed
-
-
-def _is_stored(parameter: Parameter, header: Header) -> bool:
-    if not parameter.is_layered:
-        return parameter.name in header.tensors
-    prefix, suffix = parameter.name.split("{layer}")
-    return any(name.startswith(prefix) and name.endswith(suffix) for name in header.tensors)
-
-
-def _in_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[Parameter, int]]:
-    """The table's rows with the layered ones repeated for each layer, where the first of them stands."""
-    first = next(i for i, p in enumerate(table) if p.is_layered)
-    yield from ((p, 0) for p in table[:first] if not p.is_layered)
-    yield from ((p, layer) for layer in range(num_layers) for p in table if p.is_layered)
-    yield from ((p, 0) for p in table[first:] if not p.is_layered)
-
-
-@dataclass(frozen=True)
-class GrownRow:
-    """One tensor of a grown checkpoint: its name, the source's tensor, its row of the table, its notation there."""
-
-    name: str
-    source: str
-    parameter: Parameter
-    notation: str
-
-
-def grown_rows(
-    header: Header, architecture: Architecture, parameters: Mapping[str, Parameter], *, tied_after: bool
-) -> Iterator[GrownRow]:
-    """Every tensor that a source's `parameters` (see `claim`) grow into."""
-    for name, parameter in parameters.items():
-        # A tied head cannot be split, for its tensor is the embedding too: the norm that feeds it is split instead.
-        carries_split = tied_after and name == architecture.last_norm
-        yield GrownRow(name, name, parameter, "<- hidden" if carries_split else parameter.notation)
-    if architecture.is_tied(header.config) and not tied_after:
-        head = next(p for p in architecture.table({**header.config, "tie_word_embeddings": False})
-                    if p.name == architecture.head)  # fmt: skip
-        yield GrownRow(head.name, architecture.embedding, head, head.notation)
-
-
-def why_moments_are_lost(
-    row: GrownRow, architecture: Architecture, maps: AxisMaps, *, untied: bool, made: bool
-) -> str | None:
-    """Why the optimizer moments of a grown tensor cannot be carried exactly, or None where they can.
-
-    `untied`: whether the source's embeddings are tied and the grown model's are not; `made`: whether the tensor was
-    made in a conversion.
-    """
-    if made:
-        return "it is made in the conversion, from another value"
-    if untied and row.name == architecture.embedding:
-        return "its tied gradient was that of two parameters"
-    if untied and row.name == architecture.head:
-        return "it is new: the source's head was tied to the embedding"
-    unequal = sorted(maps.unequal & parse(row.notation).axes(read=False))
-    return f"copies along {', '.join(unequal)} serve unequal shares of what they served" if unequal else None
 
 
 def _tensor_plans(

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gdagrow.archs import architecture_of
-from gdagrow.axes import coordinates, size_of
+from gdagrow.axes import size_of
+from gdagrow.coordinates import coordinates
 from gdagrow.costs import ModelFigures, checkpoint_figures
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_header

@@ -17,8 +17,8 @@ from gdagrow.formats.links import require_inside
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.growth import copies_of
-from gdagrow.plan import GrownRow, claim, grown_rows
 from gdagrow.record import RECORD_FILE
+from gdagrow.rows import GrownRow, claim, grown_rows
 from gdagrow.verify.lineage import recorded_growth
 from gdagrow.verify.places import axis_at, head_at
 

@@ -12,8 +12,8 @@ from gdagrow.convert import as_motif
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
 from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaMlp, LayerCache, RmsNorm
-from gdagrow.plan import claim
 from gdagrow.reading import open_reader
+from gdagrow.rows import claim
 
 # Elements of a head's weight to read at a time.
 HEAD_ELEMENTS = 2**24

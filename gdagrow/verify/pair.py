@@ -6,7 +6,7 @@ from gdagrow.archs import architecture_of
 from gdagrow.convert import as_motif
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
-from gdagrow.plan import claim
+from gdagrow.rows import claim
 
 HeaderPair = tuple[Header, Header]
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from gdagrow.axes import Expression, coordinates
+from gdagrow.axes import Expression
+from gdagrow.coordinates import coordinates
 
 
 def head_at(dim: Expression, sizes: Mapping[str, int], index: int) -> str:

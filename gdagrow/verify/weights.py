@@ -10,8 +10,8 @@ from gdagrow.archs import architecture_of
 from gdagrow.axes import AxisMaps, parse
 from gdagrow.errors import CompareError
 from gdagrow.growth import TensorGrowth
-from gdagrow.plan import claim, grown_rows
 from gdagrow.reading import open_reader
+from gdagrow.rows import claim, grown_rows
 from gdagrow.verify.lineage import lineage_of
 from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.settings import Setting, other_settings

@@ -17,8 +17,9 @@ from torch import Tensor
 from gdagrow.engine import grow_moment
 from gdagrow.models.gda import load_model
 from gdagrow.verify.attention import attention_stats
-from gdagrow.verify.gradients import UNEQUAL_PARTS, compare_gradients
+from gdagrow.verify.gradients import compare_gradients
 from gdagrow.verify.logits import compare
+from gdagrow.verify.mirror import UNEQUAL_PARTS
 from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
 from tests.command import call

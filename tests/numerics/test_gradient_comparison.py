@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from gdagrow.engine import grow_moment
 from gdagrow.errors import CompareError
 from gdagrow.models.gda import load_model
-from gdagrow.verify.gradients import UNEQUAL_PARTS, GradientComparison, compare_gradients
+from gdagrow.verify.gradients import GradientComparison, compare_gradients
+from gdagrow.verify.mirror import UNEQUAL_PARTS
 from gdagrow.verify.tokens import random_tokens
 from tests.checkpoints import write_checkpoint
 from tests.growths import EPS, RANDOM, grow, growths, topologies

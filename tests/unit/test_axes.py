@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdagrow.axes import AxisMaps, Expression, IndexMap, Segment, coordinates, parse
+from gdagrow.axes import AxisMaps, Expression, IndexMap, Segment, parse
+from gdagrow.coordinates import coordinates
 from gdagrow.errors import GdagrowError
 from tests.growths import RANDOM
 

@@ -12,17 +12,19 @@ from safetensors.torch import load_file
 
 from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
-from gdagrow.axes import IndexMap, parse, reordering
+from gdagrow.axes import IndexMap, parse
 from gdagrow.convert import as_motif, row_maps
+from gdagrow.coordinates import reordering
 from gdagrow.errors import CheckpointError
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.heads import grow_heads
 from gdagrow.models.config import GdaConfig
-from gdagrow.plan import claim, make_plan
+from gdagrow.plan import make_plan
 from gdagrow.reading import ViewReader, open_reader
 from gdagrow.recipe import make_recipe
+from gdagrow.rows import claim
 from gdagrow.verify.places import head_at
 from gdagrow.verify.weights import check_weights
 from tests.checkpoints import write_checkpoint

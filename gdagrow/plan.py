@@ -108,9 +108,13 @@ class GrowthPlan:
                          f"decline (3:1 to 4:1 train best){self._back_in_range()}")  # fmt: skip
         if self.recipe.exact_copies:
             hints.append("exact copies see identical gradients and stay identical for ever in training")
-        lost = sorted({f"{t.parameter}: {t.moments_lost}" for t in self.tensors if t.moments_lost})
+        lost: dict[str, dict[str, None]] = {}
+        for tensor in self.tensors:
+            if tensor.moments_lost:
+                lost.setdefault(tensor.moments_lost, {})[tensor.parameter.removeprefix("model.layers.{layer}.")] = None
         if lost:
-            hints.append("optimizer moments cannot be carried exactly for " + "; ".join(lost))
+            told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in lost.items())
+            hints.append(f"optimizer moments cannot be carried exactly for {told}")
         return tuple(hints)
 
     def _back_in_range(self) -> str:

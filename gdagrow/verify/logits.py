@@ -158,7 +158,7 @@ def compare(
         longest_sum=longest, rounds_weights=budget.rounds_weights,
         dtype=str(dtype).removeprefix("torch."), num_sequences=len(tokens), length=tokens.shape[1],
         parts=tuple(meter.found) if meter else (), parts_not_compared=reason, decoding=decoding,
-        changes=_changes(*headers),
+        changes=_changes(*(header.stored for header in headers)),
     )  # fmt: skip
 
 
@@ -237,6 +237,7 @@ def _structure(header: Header) -> dict[str, str]:
         "parameters": sum(prod(info.shape) for info in header.tensors.values()),
     }  # fmt: skip
     return {
+        "layout": architecture.name,
         "ratio": f"{heads.ratio}:1", **{what: f"{count:,}" for what, count in counts.items()},
         "embeddings": "tied" if architecture.is_tied(header.config) else "untied",
         "weight dtypes": ", ".join(sorted({info.dtype for info in header.tensors.values()})),

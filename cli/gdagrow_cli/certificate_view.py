@@ -5,11 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 from rich.text import Text
 
 from gdagrow.formats.safetensors_header import read_header
@@ -17,6 +15,7 @@ from gdagrow.verify.tensors import Place
 from gdagrow.verify.weights import Certificate, TensorDifference, check_weights
 from gdagrow_cli.console import print_json, printable, stderr_console, stdout_console
 from gdagrow_cli.plan_view import print_section
+from gdagrow_cli.settings_view import print_settings
 
 _MAX_TENSORS = 12
 
@@ -59,26 +58,12 @@ def _print(console: Console, certificate: Certificate) -> None:
         )
         console.print(Text.assemble(("different", "bold red"), f": {why}"))
     console.print(f"  {told} checked, maps from {certificate.maps}")
-    if certificate.settings:
-        print_section(console, "Settings that change the function", _settings_table(certificate))
+    print_settings(console, certificate.settings)
     if certificate.differences:
         shown = certificate.differences[:_MAX_TENSORS]
         print_section(console, f"Tensors that differ: {len(certificate.differences)}", *map(_difference_text, shown))
         if left := len(certificate.differences) - len(shown):
             console.print(f"  ... and {left} more; --json lists all")
-
-
-def _settings_table(certificate: Certificate) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for heading in ("config.json", "source", "grown"):
-        table.add_column(heading, overflow="fold")
-    for setting in certificate.settings:
-        table.add_row(printable(setting.key), _value(setting.source), _value(setting.grown))
-    return table
-
-
-def _value(value: Any) -> str:
-    return "absent" if value is None else printable(value)
 
 
 def _difference_text(difference: TensorDifference) -> Text:

@@ -17,6 +17,7 @@ from gdagrow.verify.parts import LARGEST_TOLERANCE, PartDifference
 from gdagrow_cli.console import print_json, printable, stdout_console
 from gdagrow_cli.plan_view import print_section
 from gdagrow_cli.running import require_device, status
+from gdagrow_cli.settings_view import print_settings
 
 
 def show_diff(
@@ -58,6 +59,7 @@ def _print(console: Console, comparison: Comparison, *, is_text: bool) -> None:
     if comparison.parts:
         title = "Layers, the largest difference relative to the source's largest value"
         print_section(console, title, *_layer_tables(comparison.parts))
+    print_settings(console, comparison.settings)
     if comparison.changes:
         print_section(console, "Changes", _changes_table(comparison))
 

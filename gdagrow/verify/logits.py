@@ -20,6 +20,7 @@ from gdagrow.verify.lineage import lineage_of
 from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.parts import PartDifference, PartMeter
 from gdagrow.verify.rounding import Budget, Disturbance
+from gdagrow.verify.settings import Setting, other_settings
 
 _PROMPT_LENGTH = 32
 
@@ -54,6 +55,7 @@ class Comparison:
     parts_not_compared: Why there is none, or None.
     decoding: What both models wrote, if that was asked for.
     changes: Structural changes.
+    settings: Keys of the configs that growth never changes, that differ and may change the function.
     """
 
     equivalent: bool
@@ -74,6 +76,7 @@ class Comparison:
     parts_not_compared: str | None
     decoding: Decoding | None
     changes: tuple[Change, ...]
+    settings: tuple[Setting, ...]
 
     @property
     def first_difference(self) -> PartDifference | None:
@@ -159,6 +162,7 @@ def compare(
         dtype=str(dtype).removeprefix("torch."), num_sequences=len(tokens), length=tokens.shape[1],
         parts=tuple(meter.found) if meter else (), parts_not_compared=reason, decoding=decoding,
         changes=_changes(*(header.stored for header in headers)),
+        settings=other_settings(headers[0].config, headers[1].config),
     )  # fmt: skip
 
 

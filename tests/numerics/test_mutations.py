@@ -13,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gdagrow.errors import CheckpointError, CompareError
+from gdagrow.expand import expand
+from gdagrow.formats.safetensors_header import read_header
+from gdagrow.plan import make_plan
+from gdagrow.recipe import make_recipe
 from gdagrow.verify.logits import compare
 from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
@@ -266,7 +270,23 @@ def test_settings_that_change_the_function(keys: dict[str, Any], named: list[str
     assert [setting.key for setting in found.settings] == named
     assert found.equivalent is (not named)
     if "rope_scaling" not in keys:
-        assert compare(*pair, TOKENS).equivalent is (not named)
+        run = compare(*pair, TOKENS)
+        assert (run.equivalent, run.settings) == (not named, found.settings)
+
+
+def test_a_shard_from_another_run(tmp_path: Path) -> None:
+    """A right growth of another source, of which one file came along: each of its tensors is named, and no other."""
+    for run, seed in (("a", 0), ("b", 1)):
+        write_checkpoint(tmp_path / run, seed=seed)
+        plan = make_plan(read_header(tmp_path / run), make_recipe(RECIPE))
+        expand(plan, tmp_path / f"{run}-grown", max_shard_bytes=30_000)
+    shards = read_header(tmp_path / "a-grown").shards
+    assert len(shards) > 2
+    assert check_weights(tmp_path / "a", tmp_path / "a-grown").equivalent
+    shutil.copy(tmp_path / "b-grown" / shards[1], tmp_path / "a-grown" / shards[1])
+    found = check_weights(tmp_path / "a", tmp_path / "a-grown")
+    assert [difference.name for difference in found.differences] == list(load_file(tmp_path / "a-grown" / shards[1]))
+    assert not compare(tmp_path / "a", tmp_path / "a-grown", TOKENS).equivalent
 
 
 def test_tensors_that_are_missing_more_or_stored_otherwise(pair: tuple[Path, Path]) -> None:

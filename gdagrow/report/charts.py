@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import matplotlib
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gdagrow.report.node import Node
-from gdagrow.report.panel import Panel, axis_text, colour, in_style
+from gdagrow.report.panel import Panel, colour, in_style, power_text
 
 # Perceptually uniform, the same to readers who do not part red and green, and clear on light and dark paper.
 _COLOURS: Final = matplotlib.colormaps["cividis"]
@@ -78,7 +77,7 @@ def heat_map(heat: HeatMap, scale: Scale) -> str:
     if num_rows * num_columns <= MAX_CELLS:
         _cells(panel, heat, scale)
     else:
-        axes.add_collection(_picture(heat, scale))
+        _picture(panel, heat, scale)
     for column in heat.separators:
         axes.axvline(column, color=colour("paper"), linewidth=2.5 if num_columns <= 32 else 1.2)
     _label(axes.set_xticks, heat.columns, 12)
@@ -96,17 +95,15 @@ def _cells(panel: Panel, heat: HeatMap, scale: Scale) -> None:
                 (column + gap / 2, row + gap), 1 - gap, 1 - 2 * gap, clip_on=False, linewidth=0,
                 facecolor=_COLOURS(scale.share(node.value)),
             )  # fmt: skip
-            panel.axes.add_patch(cell)
+            panel.axes.add_artist(cell)  # not add_patch, which looks at all limits again for every cell
             panel.note(cell, f"{heat.told(row, column)}: {node.value:.4g}", node)
 
 
-def _picture(heat: HeatMap, scale: Scale) -> QuadMesh:
+def _picture(panel: Panel, heat: HeatMap, scale: Scale) -> None:
+    """Draw one pixel for each cell, which the page then shows with sharp edges."""
     shares = [[scale.share(node.value) if node else math.nan for node in nodes] for nodes in heat.cells]
-    rows, columns = range(len(heat.rows) + 1), range(len(heat.columns) + 1)
-    corners = [[(column, row) for column in columns] for row in rows]
-    mesh = QuadMesh(corners, array=shares, cmap=_COLOURS, rasterized=True)
-    mesh.set_clim(0, 1)
-    return mesh
+    corners = 0, len(heat.columns), len(heat.rows), 0
+    panel.axes.imshow(shares, cmap=_COLOURS, vmin=0, vmax=1, extent=corners, aspect="auto", interpolation="none")
 
 
 def _label(set_ticks: Callable[..., object], labels: Sequence[str], at_most: float) -> None:
@@ -164,7 +161,7 @@ def curves(
     axes.margins(x=0.04)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: axis_text(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power_text(value) if limits else f"{value:.4g}"))
     return panel.svg()
 
 
@@ -185,7 +182,7 @@ def _draw(panel: Panel, line: Line, limits: tuple[float, float] | None, bad: Seq
             [x], [y], marker="X" if wrong else "o", markersize=7 if wrong else 5, linestyle="none", clip_on=False,
             color=edge, markerfacecolor=colour("paper") if hollow else edge,
         )  # fmt: skip
-        panel.axes.add_line(mark)
+        panel.axes.add_artist(mark)
         panel.note(mark, f"{line.told(i)}: {f'{node.value:.4g}' if node else 'not finite'}", node)
 
 

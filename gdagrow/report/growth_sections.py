@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from gdagrow.costs import PARTS
 from gdagrow.report.charts import Bar, bars
-from gdagrow.report.head_maps import MAX_OLD_GROUPS, left_out, lineage_map
+from gdagrow.report.head_maps import MAX_GROUPS, MAX_OLD_GROUPS, head_map, left_out, lineage_map
 from gdagrow.report.markup import (
     Format,
     escaped,
@@ -47,7 +47,7 @@ def what_was_done(growths: Node) -> str:
     """The growths that made a model, oldest first, as `growth.json` tells them."""
     items = [f"<li>{''.join(_done(growth))}</li>" for growth in growths]
     if not items:
-        return paragraph("It has no <code>growth.json</code>; what was done is inferred from the two configs.")
+        return paragraph("It has no <code>growth.json</code> that would say what was done.")
     return f'<ol class="growths">{"".join(items)}</ol>' if len(items) > 1 else paragraph(*_done(growths[0]))
 
 
@@ -68,11 +68,25 @@ def _times(value: Any) -> str:
     return f"to {escaped(value)}" if isinstance(value, str) else f"&times;{escaped(value)}"
 
 
+def heads_figure(model: Node) -> str:
+    """The heads of one model."""
+    heads = model["figures"]["heads"]
+    groups, signal, kv = (heads[key].value for key in ("num_groups", "ratio", "num_kv_groups"))
+    more = f" {groups - MAX_GROUPS} more groups are alike." if groups > MAX_GROUPS else ""
+    told = (
+        "One row is a query group: its signal heads (S), and the noise head (N) whose map is subtracted from each of "
+        f"theirs. KV is the group of keys and values that serves it. All layers are alike.{more}"
+    )
+    label = f"Head map: {groups} query groups of {signal} signal heads and a noise head"
+    return figure("", told, [head_map(groups, signal, kv, label=label)])
+
+
 def lineage_section(identity: str, grown: Node, source: Node) -> str:
     """The heads before and after, and which was cloned from which."""
     heading = "Heads and their lineage"
     if not grown["lineage"]:
-        return section(identity, heading, missing("no lineage", grown["problems"]["lineage"].value))
+        reason = missing("no lineage", grown["problems"]["lineage"].value)
+        return section(identity, heading, reason, heads_figure(source), heads_figure(grown["model"]))
     heads, lineage = source["figures"]["heads"], grown["lineage"]
     groups = min(heads["num_groups"].value, MAX_OLD_GROUPS)
     panels = [lineage_map(lineage, group, heads["ratio"].value) for group in range(groups)]
@@ -80,9 +94,9 @@ def lineage_section(identity: str, grown: Node, source: Node) -> str:
     told = (
         "One query group of the source on the left, what grew out of it on the right; every layer is alike. S is a "
         "signal head, N the noise head that is subtracted from its whole group. A line leads from each head to its "
-        "copies, in the source head's colour; second copies are paler."
+        "copies, in its colour and under its name; further copies are paler."
     )
-    return section(identity, heading, figure("", f"{told} ({escaped(more)}.)" if more else told, panels))
+    return section(identity, heading, figure("", f"{told} Not drawn: {more}." if more else told, panels))
 
 
 def sizes_section(identity: str, models: Sequence[tuple[str, Node]]) -> str:

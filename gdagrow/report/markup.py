@@ -11,8 +11,8 @@ Format = Callable[..., str]
 
 
 def escaped(text: object) -> str:
-    """Text for an element or a quoted attribute."""
-    return html.escape(str(text))
+    """Text for an element or a quoted attribute; what UTF-8 cannot say, as in some file names, becomes `?`."""
+    return html.escape(str(text).encode(errors="replace").decode())
 
 
 def few_digits(value: float) -> str:

@@ -8,8 +8,7 @@ from typing import Any, Final
 
 from gdagrow.report.charts import Line, curves
 from gdagrow.report.evidence_sections import certificate_section, comparison_section, verdicts
-from gdagrow.report.growth_sections import lineage_section, sizes_section, what_was_done
-from gdagrow.report.head_maps import MAX_GROUPS, head_map
+from gdagrow.report.growth_sections import heads_figure, lineage_section, sizes_section, what_was_done
 from gdagrow.report.markup import escaped, figure, figure_text, legend, paragraph, ratio, section, table, whole
 from gdagrow.report.model_sections import attention_sections, clone_section
 from gdagrow.report.node import Node
@@ -49,7 +48,7 @@ def page_of(report: Mapping[str, Any]) -> str:
     links = "".join(f'<li><a href="#{identity}">{escaped(heading)}</a></li>' for identity, heading, _ in sections)
     body = "".join(section(identity, escaped(heading), content, level=2) for identity, heading, content in sections)
     style = files("gdagrow.report").joinpath("page.css").read_text(encoding="utf-8")
-    data = json.dumps(report, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(report).replace("<", "\\u003c")
     return _numbered(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -99,19 +98,9 @@ def _overview(source: Node, grown: Sequence[Node]) -> str:
 
 
 def _source(source: Node) -> str:
-    heads = source["figures"]["heads"]
-    groups, signal, kv = (heads[key].value for key in ("num_groups", "ratio", "num_kv_groups"))
-    more = f" {groups - MAX_GROUPS} more groups are alike." if groups > MAX_GROUPS else ""
-    told = (
-        "One row is a query group: its signal heads (S), and the noise head (N) whose map is subtracted from each of "
-        f"theirs. KV is the group of keys and values that serves it. All layers are alike.{more}"
-    )
-    drawn = head_map(
-        groups, signal, kv, label=f"Head map: {groups} query groups of {signal} signal heads and a noise head"
-    )
     grown = what_was_done(source["growths"]) if len(source["growths"]) else ""
     return "".join([
-        _where(source), grown, section("source-heads", "Heads of every layer", figure("", told, [drawn])),
+        _where(source), grown, section("source-heads", "Heads of every layer", heads_figure(source)),
         sizes_section("source-sizes", [(source["name"].value, source)]),
         attention_sections("source-attention", [("source", source)]), clone_section("source-clones", source),
     ])  # fmt: skip

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
-from typing import Any, Final, ParamSpec
+from typing import Final, ParamSpec
 from xml.etree import ElementTree
 
 import matplotlib
@@ -157,6 +157,6 @@ def _short(key: str, value: str) -> str:
     return " ".join(value.split())
 
 
-def axis_text(value: Any) -> str:
-    """A number at an axis: `0.25`, `1e-15`."""
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+def power_text(value: float) -> str:
+    """A power of ten at an axis: `1e-15`."""
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")

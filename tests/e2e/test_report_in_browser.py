@@ -251,9 +251,15 @@ def test_it_prints_light_whatever_the_screen(made: Made, browser: Chromium, tmp_
     browser.open(made.page, tmp_path / "profile", DARK, "--no-pdf-header-footer", f"--print-to-pdf={pdf}")
     pages = len(re.findall(rb"/Type /Page\b", pdf.read_bytes()))
     assert 4 <= pages <= 20
-    if shutil.which("pdftotext") is None:
-        assert pdf.stat().st_size > 50_000
+    assert pdf.stat().st_size > 50_000
+    if shutil.which("pdftotext") is None or shutil.which("pdftoppm") is None:
         return
+    subprocess.run(["pdftoppm", "-r", "20", "-png", pdf, tmp_path / "sheet"], check=True)
+    sheets = sorted(tmp_path.glob("sheet*.png"))
+    assert len(sheets) == pages
+    for sheet in sheets:
+        with Image.open(sheet) as image:
+            assert brightness(image) > 0.8
     text = subprocess.run(["pdftotext", "-layout", pdf, "-"], capture_output=True, text=True, check=True).stdout
     for heading in ("Heads and their lineage", "Error of each part, by layer", "How like the copies are", "Training"):
         assert heading in text

@@ -1,9 +1,7 @@
 """`gdagrow diff`: whether two checkpoints compute the same."""
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,30 +12,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from gdagrow.archs import architecture_of
-from gdagrow.errors import CompareError
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.verify.logits import Comparison, compare
 from gdagrow.verify.parts import LARGEST_TOLERANCE, PartDifference
-from gdagrow.verify.tokens import random_tokens, text_tokens
-from gdagrow_cli.console import print_json, printable, stderr_console, stdout_console
+from gdagrow_cli.console import print_json, printable, stdout_console
 from gdagrow_cli.plan_view import print_section
-
-
-def tokens_for(source: Path, *, text: Path | None, seqs: int, length: int, seed: int | None) -> Tensor:
-    """The tokens to compare on: those of a text, or random ones over the source's vocabulary.
-
-    Raises:
-        CheckpointError: the source cannot be read.
-        CompareError: the text cannot be used, or a seed is given beside it.
-    """
-    if text is not None and seed is not None:
-        raise CompareError("--seed is of random tokens and --text brings its own; give one of them")
-    config = read_header(source).config
-    vocab = architecture_of(config).sizes(config).vocab
-    if text is not None:
-        return text_tokens(text, source, vocab, seqs=seqs, length=length)
-    return random_tokens(vocab, seqs=seqs, length=length, seed=seed or 0)
+from gdagrow_cli.running import require_device, status
 
 
 def show_diff(
@@ -57,7 +36,7 @@ def show_diff(
         GdagrowError: they cannot be compared.
     """
     require_device(device)
-    with status(shown=not as_json) as tell:
+    with status("comparing", shown=not as_json) as tell:
         comparison = compare(
             source, grown, tokens, dtype=getattr(torch, dtype), device=device, num_decoded=num_decoded, progress=tell
         )
@@ -66,24 +45,6 @@ def show_diff(
     else:
         _print(stdout_console(), comparison, is_text=is_text)
     return comparison.equivalent
-
-
-def require_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CompareError(f"--device {device}: cannot be used here ({reason}); cpu always can") from None
-
-
-@contextmanager
-def status(*, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Yield what shows the step that is being done, on a terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with stderr_console().status("comparing") as status:
-        yield lambda step: status.update(Text(step))
 
 
 def _print(console: Console, comparison: Comparison, *, is_text: bool) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gdagrow.verify.gradients import GradientComparison, GradientDifference, compare_gradients
 from gdagrow_cli.console import print_json, stdout_console
-from gdagrow_cli.diff_view import require_device, status
 from gdagrow_cli.plan_view import print_section
+from gdagrow_cli.running import require_device, status
 
 
 def show_gradients(source: Path, grown: Path, tokens: Tensor, *, dtype: str, device: str, as_json: bool) -> bool:
@@ -21,7 +21,7 @@ def show_gradients(source: Path, grown: Path, tokens: Tensor, *, dtype: str, dev
         GdagrowError: they cannot be compared.
     """
     require_device(device)
-    with status(shown=not as_json) as tell:
+    with status("comparing", shown=not as_json) as tell:
         comparison = compare_gradients(source, grown, tokens, dtype=getattr(torch, dtype), device=device, progress=tell)
     if as_json:
         print_json(comparison.as_dict())

@@ -35,6 +35,13 @@ app = typer.Typer(
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A directory with config.json and safetensors weights.")
 ]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of random tokens; 0 if left out.")
+]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="Take the tokens of this text instead of random ones.")
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.", show_default=False)]
 
 
@@ -152,17 +159,13 @@ def diff(
     length: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens in each: 128, for gradients 32 if left out.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of random tokens; 0 if left out.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the tokens of this text instead of random ones.")
-    ] = None,
+    seed: Seed = None,
+    text: TextFile = None,
     decode: Annotated[
         int, typer.Option(min=0, metavar="N", help="Tokens for both to write, greedily and through their caches.")
     ] = 4,
     dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = Dtype.float64,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compare two checkpoints: what they compute on the same tokens, their weights, or their gradients.
@@ -174,7 +177,8 @@ def diff(
         from gdagrow_cli.certificate_view import show_certificate
 
         raise typer.Exit(0 if show_certificate(source, grown, as_json=as_json) else 1)
-    from gdagrow_cli.diff_view import show_diff, tokens_for
+    from gdagrow_cli.diff_view import show_diff
+    from gdagrow_cli.running import tokens_for
 
     seqs, length = seqs or (2 if gradients else 4), length or (32 if gradients else 128)
     tokens = tokens_for(source, text=text, seqs=seqs, length=length, seed=seed)
@@ -188,6 +192,35 @@ def diff(
             as_json=as_json,
         )  # fmt: skip
     raise typer.Exit(0 if same else 1)
+
+
+@app.command()
+def stats(
+    checkpoint: Checkpoint,
+    text: TextFile = None,
+    seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sequences.")] = 4,
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each.")] = 128,
+    seed: Seed = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = Dtype.float32,
+    device: Device = "cpu",
+    lineage: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="The growth.json, or a directory with it, if CKPT has lost its own."),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Show every head of this layer, the first being 0.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a checkpoint's attention maps, layer by layer, and how far the copies of a grown one have parted."""
+    from gdagrow_cli.running import tokens_for
+    from gdagrow_cli.stats_view import show_stats
+
+    tokens = tokens_for(checkpoint, text=text, seqs=seqs, length=length, seed=seed)
+    show_stats(
+        checkpoint, tokens, dtype=dtype.value, device=device, lineage=lineage, layer=layer, is_text=text is not None,
+        as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -210,14 +243,10 @@ def report(
     ] = None,
     seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sequences to run the models on.")] = 4,
     length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each.")] = 128,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of random tokens; 0 if left out.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the tokens of this text instead of random ones.")
-    ] = None,
+    seed: Seed = None,
+    text: TextFile = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = Dtype.float64,
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     as_json: Annotated[
         bool,
         typer.Option(
@@ -233,8 +262,8 @@ def report(
     Heads and their lineage, sizes, the evidence of diff, attention by layer and head, how like copies are, training
     curves. Needs pip install 'gdagrow[report]'. Exit code: 0, whatever the page says of the models.
     """
-    from gdagrow_cli.diff_view import tokens_for
     from gdagrow_cli.report_view import require_target, run_report
+    from gdagrow_cli.running import tokens_for
 
     require_target(out, force=force, as_json=as_json)
     tokens = tokens_for(source, text=text, seqs=seqs, length=length, seed=seed)

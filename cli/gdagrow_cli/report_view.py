@@ -13,7 +13,7 @@ from gdagrow.report.gather import gather
 from gdagrow.report.training import read_run
 from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, stdout_console
-from gdagrow_cli.diff_view import require_device, status
+from gdagrow_cli.running import require_device, status
 
 
 def require_target(out: Path | None, *, force: bool, as_json: bool) -> None:
@@ -43,7 +43,7 @@ def run_report(
     """
     require_device(device)
     curves = [read_run(run) for run in runs]
-    with status(shown=not as_json) as tell:
+    with status("measuring", shown=not as_json) as tell:
         report = gather(
             source, grown, tokens, origin=origin, dtype=getattr(torch, dtype), device=device, runs=curves, progress=tell
         ).as_dict()

@@ -15,7 +15,7 @@ from gdagrow.verify.forward import StreamedModel
 
 # Weights in a block of maps: the queries of one group and sequence that are measured at a time, or a single query of
 # each of its signal heads where that is more.
-BLOCK_WEIGHTS: Final = 2**20
+BLOCK_WEIGHTS: Final = 2**18
 # On fewer positions "the top 5%" is one position, which says nothing.
 FEWEST_VISIBLE: Final = 20
 

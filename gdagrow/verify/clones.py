@@ -129,8 +129,7 @@ def clone_similarity(
 
 def _lineage_file(checkpoint: Path, lineage: Path | None) -> Path | None:
     if lineage is None:
-        path = require_inside(checkpoint, checkpoint / RECORD_FILE)
-        return path if path.exists() else None
+        return checkpoint / RECORD_FILE if require_inside(checkpoint, checkpoint / RECORD_FILE).exists() else None
     path = lineage / RECORD_FILE if lineage.is_dir() else lineage
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a {RECORD_FILE} or a directory that has one as the lineage")

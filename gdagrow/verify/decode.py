@@ -60,7 +60,8 @@ def _next_logits(model: StreamedModel, tokens: Tensor, caches: list[LayerCache])
     with torch.no_grad():
         hidden = model.embed(tokens)
         for layer, cache in enumerate(caches):
-            hidden = model.mlp(layer)(model.attention(layer)(hidden, cache))
+            hidden = model.attention(layer)(hidden, cache)
+            hidden = model.mlp(layer)(hidden)
         last = model.last_norm()(hidden[:, -1])
         step = max(1, HEAD_ELEMENTS // model.sizes.hidden)
         return torch.cat([(last @ rows.T)[0] for rows in model.head_rows(step)]).double()

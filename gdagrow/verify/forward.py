@@ -1,6 +1,6 @@
 """A forward pass straight from a checkpoint's files, with one half of a layer in memory at a time."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -41,9 +41,10 @@ class Branch(nn.Module, Generic[Inner]):
 
 
 class StreamedModel:
-    """The reference GDA model over a checkpoint's files; each part is read when its turn comes and dropped by its user.
+    """The reference GDA model over a checkpoint's files; each half of a layer is read when its turn comes.
 
-    A context manager, which holds the files open.
+    A context manager, which holds the files open. All halves are read into the same memory: one is no longer what it
+    was once the next is asked for.
 
     Args:
         header: The checkpoint; its tensors are held against the architecture's table first.
@@ -65,6 +66,7 @@ class StreamedModel:
         self.head_name = architecture.embedding if self.is_tied else architecture.head
         self._header, self._dtype, self._device, self._hook = header, dtype, device, hook
         self._reader = TensorReader(header)
+        self._memory = torch.empty(0, dtype=dtype, device=device)
 
     def __enter__(self) -> Self:
         return self
@@ -106,7 +108,7 @@ class StreamedModel:
         """The norm before the head."""
         with torch.device("meta"):
             norm = RmsNorm(self.sizes.hidden, self.config.rms_norm_eps)
-        norm.load_state_dict({"weight": self._weight(self.last_norm_name)}, assign=True)
+        norm.load_state_dict(self._weights({"weight": self.last_norm_name}), assign=True)
         self._prepare(norm)
         return norm
 
@@ -126,13 +128,22 @@ class StreamedModel:
             local: (norm_prefix if local.startswith("norm.") else prefix) + local.partition(".")[2]
             for local, _ in branch.named_parameters()
         }
-        state = {local: self._weight(name) for local, name in branch.names.items()}
-        branch.load_state_dict(state, assign=True)
+        branch.load_state_dict(self._weights(branch.names), assign=True)
         self._prepare(branch)
         return branch
 
-    def _weight(self, name: str) -> Tensor:
-        return self._reader.tensor(name).to(self._device, self._dtype)
+    def _weights(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Stored tensors by their local names, cast, in memory used before: fresh pages take longer than the casts."""
+        stored = {local: self._reader.tensor(name) for local, name in names.items()}
+        num_elements = sum(weight.numel() for weight in stored.values())
+        if len(self._memory) < num_elements:
+            self._memory = self._memory.new_empty(0)
+            self._memory = self._memory.new_empty(num_elements)
+        places = torch.split(self._memory[:num_elements], [weight.numel() for weight in stored.values()])
+        return {
+            local: place.view(weight.shape).copy_(weight)
+            for (local, weight), place in zip(stored.items(), places, strict=True)
+        }
 
     def _prepare(self, module: nn.Module) -> None:
         module.requires_grad_(False)

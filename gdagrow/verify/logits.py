@@ -117,7 +117,7 @@ def compare(
 
     Raises:
         CheckpointError: a checkpoint cannot be read or run.
-        CompareError: the models have different vocabularies, or the source's logits are not finite.
+        CompareError: the models have different vocabularies, or the source's logits are not finite or all zero.
     """
     headers = read_header(source), read_header(grown)
     report = progress or (lambda _: None)
@@ -138,8 +138,10 @@ def compare(
             reason = str(error)
         run = _Run(before, after, noise, meter, report)
         figures = run.figures(tokens)
-        if not math.isfinite(figures.largest):
-            raise CompareError(f"{source}: the model's own logits are not finite, so there is nothing to compare with")
+        if not 0 < figures.largest < math.inf:
+            raise CompareError(
+                f"{source}: the model's own logits are not finite, or all zero, so there is nothing to compare with"
+            )
         tolerance = budget.tolerance(figures.disturbed, figures.largest)
         decoding = None
         if num_decoded:

@@ -30,9 +30,9 @@ class Disturbance:
     disturbance reached a result.
     """
 
-    def __init__(self, num_clean: int, dtype: torch.dtype) -> None:
+    def __init__(self, num_clean: int, dtype: torch.dtype, seed: int = 0) -> None:
         self.num_clean = num_clean
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(seed)
         self._size = sqrt(torch.finfo(dtype).eps)  # far above rounding, far below where the model bends
 
     def __call__(self, _: nn.Module, __: object, output: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`gdagrow expand` and `gdagrow diff` on small checkpoints, as a user types them."""
 
 import json
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,66 @@ def test_diff_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     words = "diff", tmp_path / "a", tmp_path / "b", "--text", tmp_path / "text", "--seqs", 3, "--length", 10
     told = figures(capsys, *words)
     assert (told["equivalent"], told["num_sequences"], told["length"]) == (True, 3, 10)
+    shown = call(capsys, *words).out
+    assert f"perplexity a token, source and grown   {exp(told['source_loss']):.6g}" in shown  # type: ignore[arg-type]
+    assert "the same 4 tokens after 10" in shown
+    assert "perplexity" not in call(capsys, *words[:3]).out
+
+
+def test_diff_says_where_the_models_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In words, in a table of every layer and in JSON."""
+    write_checkpoint(tmp_path / "a", layers=14)
+    words = "diff", tmp_path / "a", tmp_path / "b", "--logits", "--decode", 0
+    call(capsys, "expand", tmp_path / "a", tmp_path / "b", "--signal-x2")
+    lines = call(capsys, *words).out.splitlines()
+    assert lines[0] == "the same function: within what rounding alone may do"
+    assert "  ... and 2 layers further from theirs; --json lists all" in lines
+    assert not any("greedy" in line for line in lines)
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    # Group 1 has its 3 source heads twice and a noise head: row 8 of its second head, after the 7 of group 0.
+    tensors["model.layers.11.self_attn.q_proj.weight"][8 * (7 + 1)] *= 2
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    outcome = call(capsys, *words)
+    assert outcome.code == 1
+    first, second = outcome.out.splitlines()[:2]
+    assert first == "different: beyond what rounding alone may do"
+    assert second.startswith("  layer 11 self_attn: signal head 1 of group 1 differs by ")
+    row = next(line.split() for line in outcome.out.splitlines() if line.startswith("     11 "))
+    assert [row[i + 1 : i + 2] == ["!"] for i, _ in enumerate(row)].count(True) == 5
+    # In layer 11 all but the noise heads, and everything in the two layers after it.
+    assert "  ! beyond its tolerance: 17 of 84 parts" in outcome.out
+    told = figures(capsys, *words)
+    assert told["first_difference"]["head"] == "signal head 1 of group 1"  # type: ignore[index]
+    assert len(told["parts"]) == 1 + 14 * 6  # type: ignore[arg-type]
+
+
+def test_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0 and 1, in words and in JSON, with what can be carried."""
+    write_checkpoint(tmp_path / "a")
+    call(capsys, "expand", tmp_path / "a", tmp_path / "b", "--signal-x2", "--noise-x2")
+    words = "diff", tmp_path / "a", tmp_path / "b", "--gradients"
+    outcome = call(capsys, *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[:2] == [
+        "the same gradients: those of all copies make up the source's",
+        "  optimizer moments can be carried exactly for 33 of 35 tensors",
+    ]
+    rows = {line.split()[0]: line.split() for line in reversed(lines) if line.startswith("  ")}
+    assert rows["self_attn.k_proj.weight"][-1] == "exact"
+    assert rows["self_attn.q_proj.weight"][-1] == "off"
+    assert any(line.startswith("Moments that cannot be carried exactly: parts of a split differ") for line in lines)
+    assert max(map(len, lines)) <= 80
+    told = figures(capsys, *words)
+    assert (told["num_sequences"], told["length"], told["equivalent"]) == (2, 32, True)
+    assert len(told["tensors"]) == 35  # type: ignore[arg-type]
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0] *= 2
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    outcome = call(capsys, *words)
+    assert outcome.code == 1
+    assert outcome.out.startswith("different: beyond what rounding alone may do")
+    assert "tensors differ, the first of the backward pass: " in outcome.out
 
 
 def test_the_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

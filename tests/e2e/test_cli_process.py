@@ -14,7 +14,7 @@ import gdagrow
 from tests.checkpoints import write_checkpoint
 from tests.command import call, run, start
 
-COMMANDS = ("inspect", "plan", "expand", "diff")
+COMMANDS = ("inspect", "plan", "expand", "diff", "stats")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

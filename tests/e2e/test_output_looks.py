@@ -13,7 +13,8 @@ from tests.checkpoints import TRAINING_STATE, write_checkpoint, write_files
 from tests.command import call
 
 COMMANDS = ("--help", "plan --help", "expand --help", "inspect {}", "plan {} --uniform-x2", "expand {} --uniform-x2",
-            "diff --help", "diff {0} {0} --weights")  # fmt: skip
+            "diff --help", "diff {0} {0} --weights", "diff {0} {0} --length 8", "diff {0} {0} --gradients",
+            "stats --help", "stats {}", "stats {} --layer 1")  # fmt: skip
 
 
 @pytest.fixture

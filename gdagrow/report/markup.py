@@ -75,12 +75,13 @@ def figure(title: str, told: str, panels: Iterable[str], *, before: str = "", ki
     return f'<figure class="{kind}">{heading}{before}{shown}<figcaption>{told}</figcaption></figure>'
 
 
-def scale_bar(scale: Scale, unit: str, text: Format = few_digits) -> str:
-    """The colours of a heat map, from its lowest to its highest figure."""
+def scale_bar(scale: Scale, unit: str, text: Format = few_digits, *, of: str = "") -> str:
+    """The colours of a heat map, from its lowest to its highest figure; `of` names the map where there are several."""
     stops = ", ".join(scale.stops())
     low, high = (f"<span>{escaped(text(value))}</span>" for value in (scale.low, scale.high))
     drawn = f'<i style="background: linear-gradient(90deg, {stops})"></i>'
-    return f'<p class="scale">{low}{drawn}{high} {escaped(unit)}</p>'
+    name = f"<b>{escaped(of)}</b>" if of else ""
+    return f'<p class="scale">{name}{low}{drawn}{high} {escaped(unit)}</p>'
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:

@@ -1,6 +1,7 @@
 """What the page says of one model: its attention by layer and head, and how like its copies are."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from gdagrow.report.charts import HeatMap, Line, Scale, curves, heat_map
@@ -22,6 +23,8 @@ _STATISTICS: Final = (
      "signal map gives: what differential attention does and softmax cannot."),
 )  # fmt: skip
 
+# Pixels that a letter of a row's label takes, more or less.
+_LETTER: Final = 5.4
 # A parameter, the axis along which it has copies, and whether the layer writes that.
 _Kind = tuple[str, str, bool]
 _ABOUT_COPIES: Final = (
@@ -106,7 +109,7 @@ def clone_section(identity: str, model: Node) -> str:
     if not rows:
         return section(identity, heading, paragraph("No index has more than one copy."))
     layered = {kind: nodes for kind, nodes in rows.items() if nodes[0]["layer"]}
-    drawn = _clone_maps(layered) if layered else ""
+    drawn = _clone_maps(layered) + _clone_heads(layered) if layered else ""
     head = ("parameter", "copied along", "made as", "cosine, least", "most", "distance, least", "most")
     listed = f"<summary>All {len(rows)} kinds of copies as a table</summary>" + table(
         head, map(_clone_row, rows.items())
@@ -122,9 +125,10 @@ def _clone_maps(rows: dict[_Kind, list[Node]]) -> str:
         cells = [[next((node[key] for node in nodes if node["layer"].value == layer), None) for layer in layers]
                  for nodes in rows.values()]  # fmt: skip
         scale = Scale.of([node for row in cells for node in row if node])
-        scales.append(f'<span class="of">{title}</span>{scale_bar(scale, "", "{:.4g}".format)}')
+        scales.append(scale_bar(scale, "", "{:.4g}".format, of=title))
         heat = HeatMap(
-            title, labels, [str(layer) for layer in layers], cells, row_axis="", column_axis="layer", left=148,
+            title, labels, [str(layer) for layer in layers], cells, row_axis="", column_axis="layer",
+            left=14 + _LETTER * max(map(len, labels)),
             told=lambda row, column: f"{labels[row]}, layer {layers[column]}",
         )  # fmt: skip
         panels.append(heat_map(heat, scale))
@@ -135,6 +139,34 @@ def _clone_maps(rows: dict[_Kind, list[Node]]) -> str:
     return figure(
         "Distance and cosine of copies, by layer", told, panels, before=f'<div class="scales">{"".join(scales)}</div>'
     )
+
+
+def _clone_heads(rows: dict[_Kind, list[Node]]) -> str:
+    """The distance head by head, of what has copies along an axis of heads."""
+    of_heads = {kind: nodes for kind, nodes in rows.items() if len(nodes[0]["heads"])}
+    if not of_heads:
+        return ""
+    key = "relative_distance"
+    scale = Scale.of([head[key] for nodes in of_heads.values() for node in nodes for head in node["heads"]])
+    panels = []
+    for (parameter, axis, _), nodes in of_heads.items():
+        cells = [[head[key] for head in node["heads"]] for node in nodes]
+        layers = [str(node["layer"].value) for node in nodes]
+        heads = [head["head"].value for head in nodes[0]["heads"]]
+        heat = HeatMap(
+            f"{_short(parameter)}, {axis}", layers, [str(i) for i in range(len(heads))], cells,
+            partial(_head_told, layers, heads), row_axis="layer", column_axis="head of the source",
+        )  # fmt: skip
+        panels.append(heat_map(heat, scale))
+    told = (
+        "The same distance for each head that has copies: after training it shows which heads have parted from their "
+        "copies, and in which layers. One scale for all."
+    )
+    return figure("Distance of copies, head by head", told, panels, before=scale_bar(scale, "", "{:.4g}".format))
+
+
+def _head_told(layers: Sequence[str], heads: Sequence[str], row: int, column: int) -> str:
+    return f"layer {layers[row]}, {heads[column]}"
 
 
 def _clone_row(entry: tuple[_Kind, list[Node]]) -> Sequence[str]:

@@ -101,7 +101,7 @@ def _source(source: Node) -> str:
     grown = what_was_done(source["growths"]) if len(source["growths"]) else ""
     return "".join([
         _where(source), grown, section("source-heads", "Heads of every layer", heads_figure(source)),
-        sizes_section("source-sizes", [(source["name"].value, source)]),
+        sizes_section("source-sizes", [("source", source)]),
         attention_sections("source-attention", [("source", source)]), clone_section("source-clones", source),
     ])  # fmt: skip
 

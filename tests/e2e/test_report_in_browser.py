@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("report")
     source, grown, trained = root / SOURCE, root / GROWN, root / TRAINED
     write_checkpoint(source, groups=2, kv_groups=2, layers=3, extra={"pad_token_id": EVIL})
-    _say("expand", source, grown, "--signal-x2", "--noise-x2", "--quiet")
+    _say("expand", source, grown, "--uniform-x2", "--quiet")
     shutil.copytree(grown, trained)
     _disturb(trained)
     (root / "run").mkdir()
@@ -128,6 +128,8 @@ def expected(told: dict[str, Any]) -> Iterator[str]:
                             for key in keys for head in range(len(layer[kind][key])))  # fmt: skip
         for i, tensor in enumerate((model["clones"] or {"tensors": ()})["tensors"]):
             if tensor["layer"] is not None:
+                yield from (f"{path}.clones.tensors.{i}.heads.{head}.relative_distance"
+                            for head in range(len(tensor["heads"])))  # fmt: skip
                 yield from (f"{path}.clones.tensors.{i}.{key}" for key in ("cosine", "relative_distance"))
     for i, grown in enumerate(told["grown"]):
         for key in ("max_abs", "max_rel", "tolerance", "kl", "top1_agreement", "source_loss", "grown_loss"):
@@ -234,16 +236,15 @@ def test_light_and_dark(made: Made, browser: Chromium, tmp_path: Path) -> None:
         assert 0.5 < ground / (1180 * 2400) < 0.97
 
 
-def test_a_phone_needs_no_scrolling_sideways(made: Made, browser: Chromium, tmp_path: Path) -> None:
-    """The page beside a strip of its own ground: nothing reaches into it."""
+@pytest.mark.parametrize("place", ["source", "grown-1-logits", "grown-1-clones", "training"])
+def test_on_a_phone_nothing_reaches_beyond_the_sides(made: Made, browser: Chromium, tmp_path: Path, place: str) -> None:
     frame = tmp_path / "frame.html"
-    frame.write_text(f'<body style="margin:0"><iframe src="{made.page.as_uri()}" width="375" height="3000" '
+    frame.write_text(f'<body style="margin:0"><iframe src="{made.page.as_uri()}#{place}" width="375" height="2500" '
                      'style="border:0" scrolling="no"></iframe>')  # fmt: skip
-    image = picture(browser, frame, tmp_path / "phone.png", LIGHT, "--window-size=500,3000")
-    inside = image.crop((0, 0, 375, 3000))
-    assert len(inside.getcolors(maxcolors=2**24) or []) > 50
-    # The page's right margin of 16 pixels is empty.
-    assert inside.crop((361, 0, 375, 3000)).getcolors() == [(14 * 3000, (255, 255, 255))]
+    image = picture(browser, frame, tmp_path / "phone.png", LIGHT, "--window-size=500,2500").crop((0, 0, 375, 2500))
+    assert len(image.getcolors(maxcolors=2**24) or []) > 50
+    for left in (0, 361):  # both margins of 16 pixels are empty
+        assert image.crop((left, 0, left + 14, 2500)).getcolors() == [(14 * 2500, (255, 255, 255))]
 
 
 def test_it_prints_light_whatever_the_screen(made: Made, browser: Chromium, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def stats(
 def report(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint that was grown.")],
     grown: Annotated[
-        list[Path] | None, typer.Argument(metavar="[GROWN]...", help="What it was grown into, if anything.")
+        list[Path] | None, typer.Argument(metavar="GROWN", help="What it was grown into, if anything.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The HTML file to write.")] = None,
     force: Annotated[
@@ -260,7 +260,7 @@ def report(
     """Write one HTML page about a checkpoint and what it was grown into, to be looked at in any browser.
 
     Heads and their lineage, sizes, the evidence of diff, attention by layer and head, how like copies are, training
-    curves. Needs pip install 'gdagrow[report]'. Exit code: 0, whatever the page says of the models.
+    curves. Needs the package's extra `report`. Exit code: 0, whatever the page says of the models.
     """
     from gdagrow_cli.report_view import require_target, run_report
     from gdagrow_cli.running import tokens_for

@@ -60,4 +60,4 @@ def run_report(
         print_unbroken(console, f"wrote {out}")
         models = f"{1 + len(grown)} model{'s' * bool(grown)}"
         told = f", {len(runs)} training run{'s' * (len(runs) > 1)}" if runs else ""
-        console.print(f"  {models}{told}, {bytes_text(len(page))}; it opens in any browser, without a network")
+        console.print(f"  {models}{told}, {bytes_text(len(page))}")

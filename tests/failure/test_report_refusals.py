@@ -1,6 +1,8 @@
 """`gdagrow report`: what it refuses before any work, and what it says of models that cannot be measured."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gdagrow_cli.report_view
@@ -49,7 +51,16 @@ def test_without_the_extra_it_names_the_extra(
     assert outcome.code == 2
     assert "pip install 'gdagrow[report]'" in outcome.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
-    assert call(capsys, "report", source, "--json", *FEW).code == 0
+
+
+def test_the_data_needs_no_extra(source: Path) -> None:
+    script = (
+        "import sys; sys.modules['matplotlib'] = None\nfrom gdagrow_cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", script, "report", str(source), "--json", *map(str, FEW)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["source"]["figures"]["heads"]["ratio"] == 3
 
 
 @pytest.mark.parametrize("words", [("--run", "."), ("--device", "nowhere"), ("nothing-there",), ("--text", "none")])

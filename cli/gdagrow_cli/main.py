@@ -257,10 +257,9 @@ def report(
         ),
     ] = False,
 ) -> None:
-    """Write one HTML page about a checkpoint and what it was grown into, to be looked at in any browser.
+    """Write one HTML page about a checkpoint and what it was grown into: heads, evidence, attention, copies, training.
 
-    Heads and their lineage, sizes, the evidence of diff, attention by layer and head, how like copies are, training
-    curves. Needs the package's extra `report`. Exit code: 0, whatever the page says of the models.
+    Exit code: 0, whatever the page says of the models. Drawing needs the package's extra `report`.
     """
     from gdagrow_cli.report_view import require_target, run_report
     from gdagrow_cli.running import tokens_for

@@ -50,6 +50,8 @@ class HeatMap:
     cells: By row; a node of None is left empty.
     told: The tooltip of a cell by row and column, without its value.
     separators: Columns before which a line is drawn.
+    left: Pixels for the labels of the rows.
+    every_row: Whether all of those are written.
     """
 
     title: str
@@ -61,6 +63,7 @@ class HeatMap:
     column_axis: str
     separators: Sequence[int] = ()
     left: float = 46
+    every_row: bool = False
 
 
 @in_style
@@ -81,7 +84,7 @@ def heat_map(heat: HeatMap, scale: Scale) -> str:
     for column in heat.separators:
         axes.axvline(column, color=colour("paper"), linewidth=2.5 if num_columns <= 32 else 1.2)
     _label(axes.set_xticks, heat.columns, 12)
-    _label(axes.set_yticks, heat.rows, max(12, height // 13) if heat.left > 60 else 9)
+    _label(axes.set_yticks, heat.rows, num_rows if heat.every_row else 9)
     return panel.svg()
 
 

@@ -63,7 +63,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "")
     return f'<div class="scrolls"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
-def figure(title: str, told: str, panels: Iterable[str], *, before: str = "", kind: str = "") -> str:
+def figure(title: str, told: str, panels: Iterable[str], *, before: str = "") -> str:
     """Charts under a heading of their own, with what they show and how to read it.
 
     Args:
@@ -72,7 +72,7 @@ def figure(title: str, told: str, panels: Iterable[str], *, before: str = "", ki
     """
     heading = f"<h4>{escaped(title)}</h4>" if title else ""
     shown = f'<div class="panels">{"".join(panels)}</div>'
-    return f'<figure class="{kind}">{heading}{before}{shown}<figcaption>{told}</figcaption></figure>'
+    return f"<figure>{heading}{before}{shown}<figcaption>{told}</figcaption></figure>"
 
 
 def scale_bar(scale: Scale, unit: str, text: Format = few_digits, *, of: str = "") -> str:

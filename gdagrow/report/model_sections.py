@@ -54,8 +54,7 @@ def attention_sections(identity: str, models: Sequence[tuple[str, Node]]) -> str
                   for called, kind, title, attention in parts]  # fmt: skip
         figures.append(figure(heading, told, panels, before=scale_bar(scale, unit, text)))
     figures += [_lambdas(known)] if known else []
-    heading = "Attention by layer and head"
-    return section(identity, heading, *problems, '<div class="figures">', *figures, "</div>") if models else ""
+    return section(identity, "Attention by layer and head", *problems, *figures)
 
 
 def _map(title: str, attention: Node, kind: str, key: str, scale: Scale) -> str:
@@ -128,7 +127,7 @@ def _clone_maps(rows: dict[_Kind, list[Node]]) -> str:
         scales.append(scale_bar(scale, "", "{:.4g}".format, of=title))
         heat = HeatMap(
             title, labels, [str(layer) for layer in layers], cells, row_axis="", column_axis="layer",
-            left=14 + _LETTER * max(map(len, labels)),
+            left=14 + _LETTER * max(map(len, labels)), every_row=True,
             told=lambda row, column: f"{labels[row]}, layer {layers[column]}",
         )  # fmt: skip
         panels.append(heat_map(heat, scale))

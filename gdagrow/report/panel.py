@@ -75,19 +75,19 @@ class Panel:
         self, label: str, *, width: float = 320, height: float = 200, left: float = 46, right: float = 10,
         top: float = 26, bottom: float = 36, title: str = "",
     ) -> None:  # fmt: skip
-        self._label, self._notes = label, list[tuple[str, Node | None]]()
+        self._label, self._notes = _printable(label), list[tuple[str, Node | None]]()
         self.width, self.height = width, height
         self._figure = Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH))
         self.axes: Axes = self._figure.add_axes(
             (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
         )
         if title:
-            self.axes.set_title(title)
+            self.axes.set_title(_printable(title))
 
     def note(self, artist: Artist, told: str, node: Node | None = None) -> None:
         """Give a mark a tooltip, and name the figure that it shows."""
         artist.set_gid(f"note{len(self._notes)}")
-        self._notes.append((told, node))
+        self._notes.append((_printable(told), node))
 
     def svg(self) -> str:
         """The chart as an element for a page, without a name space, a font or a colour of its own."""
@@ -106,7 +106,7 @@ class Panel:
 
     def _clean(self, root: ElementTree.Element) -> None:
         used = set(re.findall(r'(?:url\(#|href=")#?([^)"]+)', ElementTree.tostring(root, encoding="unicode")))
-        for element in root.iter():
+        for element in list(root.iter()):
             for child in list(element):
                 if _local(child.tag) in ("metadata", "style") or _is_background(child):
                     element.remove(child)
@@ -142,6 +142,11 @@ def _is_background(element: ElementTree.Element) -> bool:
     return element.attrib.get("id", "").startswith("patch_") and styles == ["fill: none"]
 
 
+def _printable(text: str) -> str:
+    """Text without what neither XML nor UTF-8 can hold: control characters and bytes of no character."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _stripped(text: str | None) -> str | None:
     return text if text and text.strip() else None
 
@@ -152,7 +157,7 @@ def _short(key: str, value: str) -> str:
         return re.sub(r"font-family: [^;]+;? ?", "", value).strip("; ")
     if key == "transform":
         value = re.sub(r"rotate\(-?0 [^)]*\)", "", value)
-    if key in ("d", "x", "y", "transform", "points", "width", "height"):
+    if key in ("d", "x", "y", "points", "width", "height") or value.startswith("translate"):
         value = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
     return " ".join(value.split())
 

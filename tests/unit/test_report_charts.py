@@ -158,3 +158,19 @@ def test_a_head_map_counts_what_it_leaves_out() -> None:
     assert titles(svg)[:2] == ["signal head 0 of group 0", "signal head 1 of group 0"]
     assert len(titles(svg)) == 3 * (8 + 1)
     assert all(math.isfinite(float(number)) for number in re.findall(r"-?\d+\.\d+", svg))
+
+
+def test_names_that_no_file_format_can_hold_are_shown_all_the_same() -> None:
+    line = Line([0], list(Node([1.0])), colour("grown"), told=lambda i: "a\x00b\udc80")
+    svg = curves("x\x01\udcff", [line], x_axis="step", label="\x1b[31m")
+    assert titles(svg) == ["a?b?: 1"]
+    assert ">x??</text>" in svg
+    svg.encode()
+
+
+@pytest.mark.parametrize("columns", [64, 512, 4096])
+def test_a_picture_fills_its_axes(columns: int) -> None:
+    svg = heat_map(a_map([[0.0] * columns] * (MAX_CELLS // columns + 1)), Scale(0, 1))
+    (image,) = ElementTree.fromstring(svg).iter("image")
+    scale = float(re.findall(r"matrix\(([-\d.e]+)|scale\(([-\d.e]+)", image.attrib["transform"])[0][0] or 0)
+    assert scale * float(image.attrib["width"]) == pytest.approx(320 - 46 - 10, rel=1e-3), image.attrib["transform"]

@@ -27,3 +27,7 @@ class OutputError(GdagrowError):
 
 class CompareError(GdagrowError):
     """Two checkpoints cannot be compared, or one cannot be measured."""
+
+
+class ReportError(GdagrowError):
+    """A report cannot be made: a package or a training run is missing."""

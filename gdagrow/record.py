@@ -103,6 +103,31 @@ def read_record_file(path: Path) -> list[Any]:
         ) from None
 
 
+def growths_of(checkpoint: Path) -> list[dict[str, Any]]:
+    """What `growth.json` says of each growth that made a checkpoint, in short and oldest first.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no such record.
+    """
+    return [_in_short(checkpoint, record) for record in read_record(checkpoint)]
+
+
+def _in_short(checkpoint: Path, record: Any) -> dict[str, Any]:
+    try:
+        noise = record["noise"]
+        return {
+            "source": record["source"]["name"], "converted_from": record.get("converted_from"),
+            "architecture": record["architecture"], "factors": dict(record["factors"]),
+            "recipe": dict(record["recipe"]),
+            "noise": noise and {"snr_db": float(noise["snr_db"]), "seed": int(noise["seed"])},
+            "gdagrow": record["versions"]["gdagrow"],
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{checkpoint / RECORD_FILE}: expected the record of a growth, got something else; restore or remove it"
+        ) from None
+
+
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 

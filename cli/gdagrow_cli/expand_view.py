@@ -18,6 +18,7 @@ from gdagrow.formats.safetensors_header import read_header
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import Recipe
 from gdagrow.record import RECORD_FILE
+from gdagrow.units import bytes_text, count_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stderr_console, stdout_console
 from gdagrow_cli.plan_view import (
     growth_text,
@@ -28,7 +29,6 @@ from gdagrow_cli.plan_view import (
     print_section,
 )
 from gdagrow_cli.stopping import Stopped
-from gdagrow_cli.units import bytes_text, count_text
 
 
 def run_expand(

@@ -6,7 +6,7 @@ from typing import Final
 from rich.table import Table
 
 from gdagrow.costs import PARTS, ModelFigures
-from gdagrow_cli.units import bytes_text, count_text, flops_text, times_text
+from gdagrow.units import bytes_text, count_text, flops_text, times_text
 
 HEADING: Final = "bold"
 

@@ -8,10 +8,9 @@ from gdagrow.archs import architecture_of
 from gdagrow.axes import size_of
 from gdagrow.coordinates import coordinates
 from gdagrow.costs import ModelFigures, checkpoint_figures
-from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
-from gdagrow.record import RECORD_FILE, read_record
+from gdagrow.record import growths_of
 from gdagrow_cli.console import print_json, print_unbroken, stdout_console
 from gdagrow_cli.figures_view import HEADING, figures_table
 from gdagrow_cli.head_map import draw_heads, legend
@@ -24,29 +23,12 @@ def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
         CheckpointError: it cannot be read, or no table covers it.
     """
     header = read_header(checkpoint)
-    figures, growths = checkpoint_figures(header), [_growth(checkpoint, record) for record in read_record(checkpoint)]
+    figures, growths = checkpoint_figures(header), growths_of(checkpoint)
     name = architecture_of(header.config).name
     if as_json:
         print_json({"directory": str(checkpoint), "architecture": name, **figures.as_dict(), "grown": growths})
     else:
         _print(header, name, figures, growths)
-
-
-def _growth(checkpoint: Path, record: Any) -> dict[str, Any]:
-    """What a record says of one growth, in short."""
-    try:
-        noise = record["noise"]
-        return {
-            "source": record["source"]["name"], "converted_from": record.get("converted_from"),
-            "architecture": record["architecture"], "factors": dict(record["factors"]),
-            "recipe": dict(record["recipe"]),
-            "noise": noise and {"snr_db": float(noise["snr_db"]), "seed": int(noise["seed"])},
-            "gdagrow": record["versions"]["gdagrow"],
-        }  # fmt: skip
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{checkpoint / RECORD_FILE}: expected the record of a growth, got something else; restore or remove it"
-        ) from None
 
 
 def _print(header: Header, name: str, figures: ModelFigures, growths: list[dict[str, Any]]) -> None:

@@ -223,6 +223,56 @@ def stats(
     )  # fmt: skip
 
 
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint that was grown.")],
+    grown: Annotated[
+        list[Path] | None, typer.Argument(metavar="GROWN", help="What it was grown into, if anything.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The HTML file to write.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", metavar="", show_default=False, help="Replace that file if it is there.")
+    ] = False,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Draw the training curves of DIR (trainer_state.json or metrics.jsonl); give it once for each run.",
+        ),
+    ] = None,
+    seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of sequences to run the models on.")] = 4,
+    length: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in each.")] = 128,
+    seed: Seed = None,
+    text: TextFile = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype to compute in.")] = Dtype.float64,
+    device: Device = "cpu",
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            metavar="",
+            show_default=False,
+            help="Print the page's data as one JSON object; without --out alone.",
+        ),
+    ] = False,
+) -> None:
+    """Write one HTML page about a checkpoint and what it was grown into: heads, evidence, attention, copies, training.
+
+    Exit code: 0, whatever the page says of the models. Drawing needs the package's extra `report`.
+    """
+    from gdagrow_cli.report_view import require_target, run_report
+    from gdagrow_cli.running import tokens_for
+
+    require_target(out, force=force, as_json=as_json)
+    tokens = tokens_for(source, text=text, seqs=seqs, length=length, seed=seed)
+    origin = f"the text {text}" if text else f"random tokens, seed {seed or 0}"
+    run_report(
+        source, grown or [], tokens, out, origin=origin, runs=run or [], dtype=dtype.value, device=device, force=force,
+        as_json=as_json,
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 

@@ -15,10 +15,10 @@ from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.plan import GrowthPlan, TensorPlan, make_plan
 from gdagrow.recipe import Recipe
 from gdagrow.record import RECORD_FILE
+from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
 from gdagrow_cli.figures_view import HEADING, figures_table
 from gdagrow_cli.head_map import draw_growth, legend
-from gdagrow_cli.units import bytes_text
 
 _WRITTEN_ANEW: Final = ("config.json", RECORD_FILE, INDEX_FILE)
 

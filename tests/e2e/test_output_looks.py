@@ -14,7 +14,8 @@ from tests.command import call
 
 COMMANDS = ("--help", "plan --help", "expand --help", "inspect {}", "plan {} --uniform-x2", "expand {} --uniform-x2",
             "diff --help", "diff {0} {0} --weights", "diff {0} {0} --length 8", "diff {0} {0} --gradients",
-            "stats --help", "stats {}", "stats {} --layer 1")  # fmt: skip
+            "stats --help", "stats {}", "stats {} --layer 1", "report --help",
+            "report {0} --seqs 1 --length 8 --out {0}.html")  # fmt: skip
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 SUBLN: Final = "model.layers.{layer}.self_attn.subln.weight"
 LAMBDAS: Final = ("model.layers.{layer}.self_attn.lambda_q1", "model.layers.{layer}.self_attn.lambda_k1")
 
+# DiffLlama's layer `i` has the lambda_init of Motif's layer `i + INDEX_SHIFT`.
+INDEX_SHIFT: Final = 1
+
 _SOURCE, _TARGET = DiffLlama(), Motif()
 # Keys that only DiffLlama's code reads, or that name that code.
 _LEFT_OUT = ("architectures", "auto_map", "attention_bias", "lambda_std_dev", "rope_scaling", "rope_parameters")

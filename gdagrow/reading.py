@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gdagrow.axes import IndexMap
-from gdagrow.convert import LAMBDAS, SUBLN, row_maps
+from gdagrow.convert import INDEX_SHIFT, LAMBDAS, SUBLN, row_maps
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.header import Header
 from gdagrow.lambda_init import moved_down, moved_norm
@@ -50,8 +50,7 @@ class ViewReader(TensorReader):
         return torch.cat(parts) if parts else super().rows(name, 0, 0)
 
     def _make(self, made: str, layer: int) -> Tensor:
-        # Motif's layer of the index that DiffLlama's layer has by the count of lambda_init.
-        old, new = layer + 1, layer
+        old, new = layer + INDEX_SHIFT, layer
         if made == SUBLN:
             return torch.full(self._shapes[made.format(layer=layer)], moved_norm(old, new), dtype=torch.float64)
         query, key = (super(ViewReader, self).tensor(name.format(layer=layer)).double().tolist() for name in LAMBDAS)

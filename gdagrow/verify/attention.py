@@ -106,7 +106,7 @@ def attention_stats(
             branch = model.attention(layer)
             inner = branch.inner
             projected = inner.project(branch.norm(hidden))
-            found = _layer_stats(layer, inner, projected)
+            found = _layer_stats(layer, model.lambda_init(layer), inner, projected)
             if found is None:
                 raise CompareError(
                     f"{checkpoint}: the attention of layer {layer} is not finite, so there is nothing to measure; "
@@ -134,7 +134,7 @@ def query_blocks(length: int, ratio: int) -> Iterator[range]:
         yield range(begin, min(begin + step, queries.stop))
 
 
-def _layer_stats(layer: int, inner: GdaAttention, projected: Projected) -> LayerStats | None:
+def _layer_stats(layer: int, init: float, inner: GdaAttention, projected: Projected) -> LayerStats | None:
     """Measure one layer; None if its maps are not finite."""
     config, (num_sequences, length) = inner.config, projected.signal.shape[:2]
     ratio, served = config.ratio, config.num_groups // config.num_kv_groups
@@ -160,7 +160,7 @@ def _layer_stats(layer: int, inner: GdaAttention, projected: Projected) -> Layer
     means = [(total / num_queries).flatten(1) for total in (signal, noise, difference)]
     if not all(bool(mean.isfinite().all()) for mean in means):
         return None
-    return LayerStats(layer, float(lambda_), inner.lambda_init, _map_stats(means[0]), _map_stats(means[1]),
+    return LayerStats(layer, float(lambda_), init, _map_stats(means[0]), _map_stats(means[1]),
                       _map_stats(means[2], signed=True))  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gdagrow.archs import architecture_of
-from gdagrow.convert import as_motif
+from gdagrow.convert import INDEX_SHIFT, as_motif
 from gdagrow.header import Header
+from gdagrow.lambda_init import lambda_init
 from gdagrow.models.config import GdaConfig
 from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaMlp, LayerCache, RmsNorm
 from gdagrow.reading import open_reader
@@ -78,6 +79,10 @@ class StreamedModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._reader.close()
+
+    def lambda_init(self, layer: int) -> float:
+        """A layer's lambda_init as the stored model counts its layers, which a view computes otherwise."""
+        return lambda_init(layer if self._header.view_of is None else layer + INDEX_SHIFT)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream before the first layer, `[seqs, length, hidden]`, of int64 `[seqs, length]`."""

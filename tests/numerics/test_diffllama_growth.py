@@ -224,6 +224,7 @@ def test_attention_statistics_are_those_of_the_maps_that_transformers_makes(tmp_
             (getattr(attention, f"lambda_q{n}") * getattr(attention, f"lambda_k{n}")).sum().exp() for n in (1, 2)
         )
         assert layer.lambda_ == pytest.approx(float((first - second).detach() + attention.lambda_init), rel=1e-12)
+        assert layer.lambda_init == pytest.approx(attention.lambda_init, rel=1e-15)
         difference = signal - layer.lambda_ * noise
         for told, expected in ((layer.signal, signal), (layer.noise, noise), (layer.difference, difference)):
             share = expected.abs() / expected.abs().sum(-1, keepdim=True)

@@ -1,15 +1,17 @@
 """Fold grown rows back onto the source's: copies must be its bits, and parts must sum to it with no rounding."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import fsum, inf
 
 import torch
 from torch import Tensor
 
-from gdagrow.growth import BLOCK_WEIGHTS, TensorGrowth, copies_of
+from gdagrow.axes import Segment
+from gdagrow.growth import TensorGrowth, copies_of
 from gdagrow.heads import MAX_COPIES
 
 _AS_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,13 +51,8 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def same_rows(one: Tensor, other: Tensor) -> bool:
-    """Whether two matrices of one shape and dtype are the same, bit for bit."""
-    step = max(1, BLOCK_WEIGHTS // one.shape[1])
-    return all(_same_bits(one[row : row + step], other[row : row + step]) for row in range(0, len(one), step))
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype are the same, bit for bit; `one` may be broadcast to the other's shape."""
     low, high = _steps(one, other)
     return low == high == 0
 
@@ -63,7 +60,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def _steps(one: Tensor, other: Tensor) -> tuple[int, int]:
     """The least and greatest of `_each_step`, several times faster to find than a comparison, which makes booleans."""
     integer = _AS_INTEGER[one.dtype.itemsize]
-    out = _scratch.of("steps", one.shape, integer)
+    out = _scratch.of("steps", other.shape, integer)
     low, high = torch.sub(one.view(integer), other.view(integer), out=out).aminmax()
     return int(low), int(high)
 
@@ -84,23 +81,29 @@ def fold_rows(growth: TensorGrowth, source: Tensor, grown: Tensor) -> Iterator[W
     """
     for segments in copies_of(growth.columns):
         old, length = segments[0].old, segments[0].length
-        step = max(1, BLOCK_WEIGHTS // length)
-        for start in range(0, len(source), step):
-            weight = source[start : start + step, old : old + length]
-            parts = [grown[start : start + step, s.new : s.new + length] for s in segments]
-            if growth.reads[-1] and len(parts) > 1:
-                if not _surely_sum(weight, parts):
-                    yield from _located(_sums_apart(weight, parts), start, segments[0].new, old)
-                continue
-            for part, segment in zip(parts, segments, strict=True):
-                if not _same_bits(weight, part):
-                    yield from _located(_copies_apart(weight, part), start, segment.new, old)
+        weight, parts = source[:, None, old : old + length], _side_by_side(grown, segments)
+        if growth.reads[-1] and len(segments) > 1:
+            if not _surely_sum(weight, parts):
+                yield from _located(_sums_apart(weight, parts), segments[0].new, old)
+        elif not same_bits(weight, parts):
+            for part, segment in zip(parts.unbind(1), segments, strict=True):
+                yield from _located(_copies_apart(weight[:, 0], part), segment.new, old)
 
 
-def _located(apart: Tensor, row: int, column: int, old_column: int) -> Iterator[Wrong]:
+def _side_by_side(grown: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+    """The segments' columns, `[rows, segments, length]`: a view where they are evenly spaced, as nearly all are."""
+    parts = [grown[:, s.new : s.new + s.length] for s in segments]
+    strides = {b.new - a.new for a, b in pairwise(segments)} or {0}
+    if len(strides) > 1:
+        return torch.stack(parts, dim=1)
+    rows, columns = parts[0].stride()
+    return parts[0].as_strided((len(grown), len(parts), segments[0].length), (rows, strides.pop() * columns, columns))
+
+
+def _located(apart: Tensor, column: int, old_column: int) -> Iterator[Wrong]:
     rows, columns = apart.nonzero(as_tuple=True)
     if len(rows):
-        yield Wrong(rows + row, columns + column, columns + old_column, apart[rows, columns])
+        yield Wrong(rows, columns + column, columns + old_column, apart[rows, columns])
 
 
 def _copies_apart(weight: Tensor, part: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ def _copies_apart(weight: Tensor, part: Tensor) -> Tensor:
     return torch.where(_each_step(weight, part) != 0, apart.clamp(min=_LEAST), 0.0)
 
 
-def _surely_sum(weight: Tensor, parts: Sequence[Tensor]) -> bool:
+def _surely_sum(weight: Tensor, parts: Tensor) -> bool:
     """Whether the parts sum to their weights, as far as fast arithmetic can tell that is exact wherever this holds.
 
     Rounding could hide a wrong sum: a part far below the others drowns in them, and parts far above their sum drown its
@@ -119,27 +122,24 @@ def _surely_sum(weight: Tensor, parts: Sequence[Tensor]) -> bool:
     of `|w| / 2**(p + K)`, or of the smallest subnormal: in `p + K` bits nothing is rounded. (A part of the other sign
     passes the count if it exceeds `w` by half of all exponents; but then the sum has its sign.)
     """
-    furthest = _furthest(weight, parts)
-    for part in parts:
-        low, high = _steps(weight, part)
-        if low < 0 or high > furthest:
-            return False
-    rest = _rest(weight, parts)
+    low, high = _steps(weight, parts)
+    if low < 0 or high > _furthest(weight, parts):
+        return False
     # Bits again, for their speed; `_sums_apart` finds a rest of -0.0, which weights of zero may leave, to be none.
-    least, greatest = rest.view(_AS_INTEGER[rest.dtype.itemsize]).aminmax()
+    least, greatest = _rest(weight, parts).view(torch.int32).aminmax()
     return int(least) == int(greatest) == 0
 
 
-def _spare_bits(parts: Sequence[Tensor]) -> int:
-    return 4 + len(parts).bit_length()
+def _spare_bits(parts: Tensor) -> int:
+    return 4 + parts.shape[1].bit_length()
 
 
-def _furthest(weight: Tensor, parts: Sequence[Tensor]) -> int:
+def _furthest(weight: Tensor, parts: Tensor) -> int:
     """How many numbers may lie between a weight and its part; none do for more copies than growth ever makes."""
-    return _spare_bits(parts) << (_SIGNIFICANT_BITS[weight.dtype] - 1) if len(parts) <= MAX_COPIES else -1
+    return _spare_bits(parts) << (_SIGNIFICANT_BITS[weight.dtype] - 1) if parts.shape[1] <= MAX_COPIES else -1
 
 
-def _rest(weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
+def _rest(weight: Tensor, parts: Tensor) -> Tensor:
     """What the parts sum to beyond their weight, with no rounding where `_surely_sum` says so.
 
     No dtype has the bits for sums of float64; there what each addition loses is kept (Knuth's TwoSum), and as these
@@ -148,29 +148,30 @@ def _rest(weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """
     needed = _SIGNIFICANT_BITS[weight.dtype] + _spare_bits(parts)
     carrier = torch.float32 if needed <= _SIGNIFICANT_BITS[torch.float32] else torch.float64
-    total = _scratch.of("total", weight.shape, carrier).copy_(parts[0])
-    value = _scratch.of("value", weight.shape, carrier)
-    lost: Tensor | None = None
-    for part in parts[1:]:
-        value.copy_(part)
+    terms = _scratch.of("terms", parts.shape, carrier).copy_(parts)
+    lost = []
+    while (count := terms.shape[1]) > 1:
+        total, value, terms = terms[:, : count // 2], terms[:, (count + 1) // 2 :], terms[:, : (count + 1) // 2]
         if needed > _SIGNIFICANT_BITS[carrier]:
             more = total + value
             of_value = more - total
-            error = (total - (more - of_value)) + (value - of_value)
-            lost = error if lost is None else lost.add_(error)
+            lost.append(((total - (more - of_value)) + (value - of_value)).sum(1, keepdim=True))
         total.add_(value)
-    rest = total.sub_(value.copy_(weight))
-    return rest if lost is None else rest.add_(lost)
+    rest = _scratch.of("rest", weight.shape, carrier).copy_(weight)
+    torch.sub(terms, rest, out=rest)
+    for error in lost:
+        rest.add_(error)
+    return rest
 
 
-def _sums_apart(weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """How far each sum of parts is from its weight, float64; zero only for sums that are exactly equal."""
-    unsure = _rest(weight, parts) != 0
-    for part in parts:
-        steps = _each_step(weight, part)
-        unsure |= (steps < 0) | (steps > _furthest(weight, parts))
+def _sums_apart(weight: Tensor, parts: Tensor) -> Tensor:
+    """How far each sum of parts is from its weight, `[rows, length]` float64; zero only where exactly equal."""
+    steps = _each_step(weight, parts)
+    beyond = (steps < 0) | (steps > _furthest(weight, parts))
+    unsure = ((_rest(weight, parts) != 0) | beyond.any(1, keepdim=True))[:, 0]
+    weight = weight[:, 0]
     expected = weight[unsure].double()
-    terms = torch.stack([*(part[unsure].double() for part in parts), -expected], dim=1)
+    terms = torch.cat([parts.transpose(1, 2)[unsure].double(), -expected[:, None]], dim=1)
     found = terms.sum(1).abs()
     finite = terms.isfinite().all(1)
     rounding = terms.abs().sum(1) * (terms.shape[1] * torch.finfo(torch.float64).eps)

@@ -1,7 +1,11 @@
-"""Fold tensors back as a stream, a chunk of rows in memory at a time, and say where they are wrong."""
+"""Fold tensors back as a stream, a few chunks of rows in memory at a time, and say where they are wrong."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import torch
@@ -12,11 +16,15 @@ from gdagrow.axes import Notation, Segment
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.growth import TensorGrowth, copies_of
 from gdagrow.header import ITEM_BYTES, TensorInfo
-from gdagrow.verify.fold import Wrong, fold_rows, same_rows
+from gdagrow.verify.fold import Wrong, fold_rows, same_bits
 from gdagrow.verify.places import head_at
 
-# Of one copy of grown rows. A second thread was seen to make it slower: the pieces are too short to hand around.
-_CHUNK_BYTES: Final = 4 * 2**20
+_CHUNK_BYTES: Final = 16 * 2**20  # of grown rows, with all their copies, mapped at a time by each worker
+# Of one copy of grown rows that are folded at a time, so that with their source, further copies and scratch they stay
+# in the cache of one core. In much smaller ones Python takes longer than the arithmetic, and its lock keeps a second
+# worker waiting.
+_BLOCK_BYTES: Final = 512 * 2**10
+_MAX_WORKERS: Final = 4
 MAX_PLACES: Final = 4
 
 PlaceKey = str | tuple[int, int]  # a head, or where there are none, row and column
@@ -78,29 +86,32 @@ class Folder:
 
     def fold(self, pairs: Iterable[Pair]) -> Iterator[Folded]:
         """Yield what comes of every chunk of rows, in order."""
-        for pair in pairs:
-            for job in _jobs(pair):
-                yield self._fold(job)
+        jobs = (job for pair in pairs for job in _jobs(pair))
+        num_workers = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+        # Each worker is one thread; torch's own threads would only get in its way.
+        with ThreadPoolExecutor(num_workers, "gdagrow-fold", torch.set_num_threads, (1,)) as workers:
+            ahead: deque[Future[Folded]] = deque()
+            try:
+                while True:
+                    ahead.extend(workers.submit(self._fold, job) for job in islice(jobs, 2 * num_workers - len(ahead)))
+                    if not ahead:
+                        break
+                    yield ahead.popleft().result()
+            finally:
+                workers.shutdown(cancel_futures=True)
 
     def _fold(self, job: _Job) -> Folded:
-        pair, first = job.pair, job.copies[0]
-        source = _rows(self._source, pair.source, first.old + job.start, first.old + job.stop)
-        num_bytes, num_wrong, largest = 0, 0, 0.0
+        pair, old_row = job.pair, job.copies[0].old + job.start
+        source = _rows(self._source, pair.source, old_row, job.copies[0].old + job.stop)
+        copies = [_rows(self._grown, pair.grown, copy.new + job.start, copy.new + job.stop) for copy in job.copies]
+        num_wrong, largest = 0, 0.0
         places: dict[PlaceKey, Place] = {}
-        right: Tensor | None = None
-        for copy in job.copies:
-            row = copy.new + job.start
-            grown = _rows(self._grown, pair.grown, row, copy.new + job.stop)
-            num_bytes += grown.nbytes
-            if right is not None and same_rows(grown, right):
-                continue
-            found = list(fold_rows(pair.growth, source, grown))
-            for wrong in found:
-                num_wrong += len(wrong.rows)
-                largest = max(largest, float(wrong.apart.max()))
-                add_places(places, self._places(pair, wrong, row, first.old + job.start))
-            right = right if found else grown
-        return Folded(pair, num_bytes, num_wrong, largest, tuple(places.values()))
+        for copy, start, wrong in _wrong(pair.growth, source, copies):
+            num_wrong += len(wrong.rows)
+            largest = max(largest, float(wrong.apart.max()))
+            row = job.copies[copy].new + job.start + start
+            add_places(places, self._places(pair, wrong, row, old_row + start))
+        return Folded(pair, sum(copy.nbytes for copy in copies), num_wrong, largest, tuple(places.values()))
 
     def _places(self, pair: Pair, wrong: Wrong, row: int, old_row: int) -> Iterator[Place]:
         """The first place in every row, or in every column where those are what has heads or is all there is."""
@@ -114,6 +125,22 @@ class Folder:
             else:
                 head = head_at(columns, self._before if split else self._after, old_column if split else column)
             yield Place(new, column, int(wrong.rows[i]) + old_row, old_column, head)
+
+
+def _wrong(growth: TensorGrowth, source: Tensor, copies: Sequence[Tensor]) -> Iterator[tuple[int, int, Wrong]]:
+    """Yield the copy and its first row that each `Wrong` counts from."""
+    step = max(1, _BLOCK_BYTES * len(source) // copies[0].nbytes)
+    for start in range(0, len(source), step):
+        weight = source[start : start + step]
+        right: Tensor | None = None
+        for i, copy in enumerate(copies):
+            grown = copy[start : start + step]
+            # Further copies need not be folded if they are the same as one that is right.
+            if right is not None and same_bits(right, grown):
+                continue
+            found = list(fold_rows(growth, weight, grown))
+            yield from ((i, start, wrong) for wrong in found)
+            right = right if found else grown
 
 
 def add_places(known: dict[PlaceKey, Place], found: Iterable[Place]) -> None:
@@ -130,8 +157,8 @@ def _rows(reader: TensorReader, info: TensorInfo, start: int, stop: int) -> Tens
 
 def _jobs(pair: Pair) -> Iterator[_Job]:
     row_bytes = pair.growth.columns.size * ITEM_BYTES[pair.grown.dtype]
-    step = max(1, _CHUNK_BYTES // row_bytes)
     for copies in copies_of(pair.growth.rows):
+        step = max(1, _CHUNK_BYTES // (row_bytes * len(copies)))
         for start in range(0, copies[0].length, step):
             yield _Job(pair, copies, start, min(start + step, copies[0].length))
 

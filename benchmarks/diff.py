@@ -3,10 +3,10 @@
     python benchmarks/diff.py weights [--growth=--uniform-x2 --growth=...] [--dtype bf16]
     python benchmarks/diff.py logits [--growth=--signal-x2] [--dtype float64]
 
-`weights`: `gdagrow diff --weights` against `cat` of both checkpoints' weight files, from the page cache, so both must fit
-into memory. `logits`: `gdagrow diff` against loading each model whole, one after the other, and running it once on the
-same tokens, which needs the grown model's weights in memory in `--dtype`. Prints a line for each growth, and one JSON
-object with every figure as the last line.
+`weights`: `gdagrow diff --weights` against `cat` of both checkpoints' weight files, from the page cache, so both must
+fit into memory. `logits`: `gdagrow diff` against loading each model whole, one after the other, and running it once on
+the same tokens, which needs the grown model's weights in memory in `--dtype`. Prints a line for each growth, and one
+JSON object with every figure as the last line.
 """
 
 import argparse
@@ -37,8 +37,9 @@ def main() -> None:
         command.add_argument("--gigabytes", type=float, default=3.0, help="size of the source")
         command.add_argument("--runs", type=int, default=3)
         command.add_argument("--growth", action="append", help="may be given several times")
-        command.add_argument("--dtype", choices=dtypes, default=dtypes[0],
-                             help="of the weights" if arm == "weights" else "of the arithmetic; the weights are bf16")  # fmt: skip
+        command.add_argument(
+            "--dtype", choices=dtypes, default=dtypes[0], help=f"of the {arm}; logits are of bf16 models"
+        )
     forwards = arms.add_parser("forwards", help="what `logits` compares with; prints its seconds as JSON")
     forwards.add_argument("models", nargs="+", type=Path)
     forwards.add_argument("--dtype", required=True)

@@ -2,28 +2,26 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gdagrow.archs import Sizes
 from gdagrow.axes import Notation, Segment
-from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.weight_files import WeightFiles
 from gdagrow.growth import TensorGrowth, copies_of
 from gdagrow.header import ITEM_BYTES, TensorInfo
-from gdagrow.verify.fold import Wrong, fold_rows, same_bits
+from gdagrow.verify.fold import FLOATS, Bits, Wrong, fold_rows, same_bits, scratch
 from gdagrow.verify.places import head_at
 
-_CHUNK_BYTES: Final = 16 * 2**20  # of grown rows, with all their copies, mapped at a time by each worker
-# Of one copy of grown rows that are folded at a time, so that with their source, further copies and scratch they stay
-# in the cache of one core. In much smaller ones Python takes longer than the arithmetic, and its lock keeps a second
-# worker waiting.
-_BLOCK_BYTES: Final = 512 * 2**10
+_CHUNK_BYTES: Final = 16 * 2**20  # of grown rows, with all their copies, that a worker folds between two reports
+# Of one copy of grown rows, read and folded at a time. In smaller blocks, workers wait for Python's lock rather than
+# work; of larger ones too little stays in the cache of a core.
+_BLOCK_BYTES: Final = 2**20
 _MAX_WORKERS: Final = 4
 MAX_PLACES: Final = 4
 
@@ -80,7 +78,7 @@ class _Job:
 class Folder:
     """Folds pairs of tensors of two checkpoints, whose readers stay open meanwhile."""
 
-    def __init__(self, source: TensorReader, grown: TensorReader, before: Sizes, after: Sizes) -> None:
+    def __init__(self, source: WeightFiles, grown: WeightFiles, before: Sizes, after: Sizes) -> None:
         self._source, self._grown = source, grown
         self._before, self._after = before.axes, after.axes
 
@@ -88,8 +86,7 @@ class Folder:
         """Yield what comes of every chunk of rows, in order."""
         jobs = (job for pair in pairs for job in _jobs(pair))
         num_workers = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
-        # Each worker is one thread; torch's own threads would only get in its way.
-        with ThreadPoolExecutor(num_workers, "gdagrow-fold", torch.set_num_threads, (1,)) as workers:
+        with ThreadPoolExecutor(num_workers, "gdagrow-fold") as workers:
             ahead: deque[Future[Folded]] = deque()
             try:
                 while True:
@@ -101,46 +98,46 @@ class Folder:
                 workers.shutdown(cancel_futures=True)
 
     def _fold(self, job: _Job) -> Folded:
-        pair, old_row = job.pair, job.copies[0].old + job.start
-        source = _rows(self._source, pair.source, old_row, job.copies[0].old + job.stop)
-        copies = [_rows(self._grown, pair.grown, copy.new + job.start, copy.new + job.stop) for copy in job.copies]
-        num_wrong, largest = 0, 0.0
+        num_bytes, num_wrong, largest = 0, 0, 0.0
         places: dict[PlaceKey, Place] = {}
-        for copy, start, wrong in _wrong(pair.growth, source, copies):
-            num_wrong += len(wrong.rows)
-            largest = max(largest, float(wrong.apart.max()))
-            row = job.copies[copy].new + job.start + start
-            add_places(places, self._places(pair, wrong, row, old_row + start))
-        return Folded(pair, sum(copy.nbytes for copy in copies), num_wrong, largest, tuple(places.values()))
+        rows = max(1, _BLOCK_BYTES // _row_bytes(job.pair))
+        for start in range(job.start, job.stop, rows):
+            stop = min(start + rows, job.stop)
+            for row, wrong in self._wrong(job.pair, job.copies, start, stop):
+                num_wrong += len(wrong.rows)
+                largest = max(largest, float(wrong.apart.max()))
+                add_places(places, self._places(job.pair, wrong, row, job.copies[0].old + start))
+            num_bytes += (stop - start) * len(job.copies) * _row_bytes(job.pair)
+        return Folded(job.pair, num_bytes, num_wrong, largest, tuple(places.values()))
+
+    def _wrong(self, pair: Pair, copies: tuple[Segment, ...], start: int, stop: int) -> Iterator[tuple[int, Wrong]]:
+        """Yield the first row of the copy that each `Wrong` is in."""
+        old = copies[0].old
+        source = _read(self._source, pair.source, old + start, old + stop, "source")
+        right: Bits | None = None
+        for copy in copies:
+            row = copy.new + start
+            grown = _read(self._grown, pair.grown, row, copy.new + stop, "grown" if right is None else "again")
+            # Further copies need not be folded if they are the same as one that is right.
+            if right is not None and same_bits(right, grown):
+                continue
+            found = fold_rows(FLOATS[pair.grown.dtype], pair.growth, source, grown)
+            yield from ((row, wrong) for wrong in found)
+            if right is None and not found:
+                right = grown
 
     def _places(self, pair: Pair, wrong: Wrong, row: int, old_row: int) -> Iterator[Place]:
         """The first place in every row, or in every column where those are what has heads or is all there is."""
         *rows, columns = pair.notation.dims
         by_column = not rows or bool(head_at(columns, self._after, 0))
         split = pair.notation.reads[-1]
-        for i in _first_of_each(wrong.columns if by_column else wrong.rows):
+        for i in np.unique(wrong.columns if by_column else wrong.rows, return_index=True)[1]:
             new, column, old_column = int(wrong.rows[i]) + row, int(wrong.columns[i]), int(wrong.old_columns[i])
             if not by_column:
                 head = head_at(rows[0], self._after, new)
             else:
                 head = head_at(columns, self._before if split else self._after, old_column if split else column)
             yield Place(new, column, int(wrong.rows[i]) + old_row, old_column, head)
-
-
-def _wrong(growth: TensorGrowth, source: Tensor, copies: Sequence[Tensor]) -> Iterator[tuple[int, int, Wrong]]:
-    """Yield the copy and its first row that each `Wrong` counts from."""
-    step = max(1, _BLOCK_BYTES * len(source) // copies[0].nbytes)
-    for start in range(0, len(source), step):
-        weight = source[start : start + step]
-        right: Tensor | None = None
-        for i, copy in enumerate(copies):
-            grown = copy[start : start + step]
-            # Further copies need not be folded if they are the same as one that is right.
-            if right is not None and same_bits(right, grown):
-                continue
-            found = list(fold_rows(growth, weight, grown))
-            yield from ((i, start, wrong) for wrong in found)
-            right = right if found else grown
 
 
 def add_places(known: dict[PlaceKey, Place], found: Iterable[Place]) -> None:
@@ -151,21 +148,24 @@ def add_places(known: dict[PlaceKey, Place], found: Iterable[Place]) -> None:
         known.setdefault(place.head or (place.row, place.column), place)
 
 
-def _rows(reader: TensorReader, info: TensorInfo, start: int, stop: int) -> Tensor:
-    return reader.tensor(info.name).reshape(1, -1) if len(info.shape) < 2 else reader.rows(info.name, start, stop)
+def _read(files: WeightFiles, info: TensorInfo, start: int, stop: int, use: str) -> Bits:
+    """Rows of a tensor, in memory that is used again; one of fewer than two dimensions is a single row."""
+    columns = info.shape[-1] if info.shape else 1
+    bits = scratch.of(use, (stop - start, columns), FLOATS[info.dtype].bits)
+    octets = bits.data.cast("B")
+    if len(info.shape) < 2:
+        files.read_into(octets, info.name)
+    else:
+        files.read_into(octets, info.name, start, stop)
+    return bits
+
+
+def _row_bytes(pair: Pair) -> int:
+    return pair.growth.columns.size * ITEM_BYTES[pair.grown.dtype]
 
 
 def _jobs(pair: Pair) -> Iterator[_Job]:
-    row_bytes = pair.growth.columns.size * ITEM_BYTES[pair.grown.dtype]
     for copies in copies_of(pair.growth.rows):
-        step = max(1, _CHUNK_BYTES // (row_bytes * len(copies)))
+        step = max(1, _CHUNK_BYTES // (_row_bytes(pair) * len(copies)))
         for start in range(0, copies[0].length, step):
             yield _Job(pair, copies, start, min(start + step, copies[0].length))
-
-
-def _first_of_each(indices: Tensor) -> list[int]:
-    """Where each value occurs first, in order of the values."""
-    count = len(indices)
-    first = torch.full((int(indices.max()) + 1,), count).scatter_reduce_(0, indices, torch.arange(count), "amin")
-    positions: list[int] = first[first < count].tolist()
-    return positions

@@ -1,11 +1,7 @@
 """Fold tensors back as a stream, a few chunks of rows in memory at a time, and say where they are wrong."""
 
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -16,13 +12,13 @@ from gdagrow.formats.weight_files import WeightFiles
 from gdagrow.growth import TensorGrowth, copies_of
 from gdagrow.header import ITEM_BYTES, TensorInfo
 from gdagrow.verify.fold import FLOATS, Bits, Wrong, fold_rows, same_bits, scratch
+from gdagrow.verify.forked import in_forks, num_processes
 from gdagrow.verify.places import head_at
 
-_CHUNK_BYTES: Final = 16 * 2**20  # of grown rows, with all their copies, that a worker folds between two reports
-# Of one copy of grown rows, read and folded at a time. In smaller blocks, workers wait for Python's lock rather than
-# work; of larger ones too little stays in the cache of a core.
-_BLOCK_BYTES: Final = 2**20
-_MAX_WORKERS: Final = 4
+_CHUNK_BYTES: Final = 16 * 2**20  # of grown rows, with all their copies, that are folded between two reports
+# Of one copy of grown rows, read and folded at a time: what is made of them mostly stays in the cache of a core.
+_BLOCK_BYTES: Final = 2**18
+_ALONE_BYTES: Final = 2**26  # of less than this, other processes would take longer to start than to help
 MAX_PLACES: Final = 4
 
 PlaceKey = str | tuple[int, int]  # a head, or where there are none, row and column
@@ -56,9 +52,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Folded:
-    """What folding some rows of a tensor came to: see `TensorDifference`; `num_bytes` of grown weights were read."""
+    """What folding rows of a grown tensor came to: see `TensorDifference`; `num_bytes` of grown weights were read."""
 
-    pair: Pair
+    name: str
     num_bytes: int
     num_wrong: int
     largest: float
@@ -82,20 +78,12 @@ class Folder:
         self._source, self._grown = source, grown
         self._before, self._after = before.axes, after.axes
 
-    def fold(self, pairs: Iterable[Pair]) -> Iterator[Folded]:
+    def fold(self, pairs: Sequence[Pair]) -> Iterator[Folded]:
         """Yield what comes of every chunk of rows, in order."""
-        jobs = (job for pair in pairs for job in _jobs(pair))
-        num_workers = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(num_workers, "gdagrow-fold") as workers:
-            ahead: deque[Future[Folded]] = deque()
-            try:
-                while True:
-                    ahead.extend(workers.submit(self._fold, job) for job in islice(jobs, 2 * num_workers - len(ahead)))
-                    if not ahead:
-                        break
-                    yield ahead.popleft().result()
-            finally:
-                workers.shutdown(cancel_futures=True)
+        jobs = [job for pair in pairs for job in _jobs(pair)]
+        if sum(pair.grown.stop - pair.grown.start for pair in pairs) < _ALONE_BYTES:
+            return map(self._fold, jobs)
+        return in_forks(self._fold, jobs, num_processes())
 
     def _fold(self, job: _Job) -> Folded:
         num_bytes, num_wrong, largest = 0, 0, 0.0
@@ -108,7 +96,7 @@ class Folder:
                 largest = max(largest, float(wrong.apart.max()))
                 add_places(places, self._places(job.pair, wrong, row, job.copies[0].old + start))
             num_bytes += (stop - start) * len(job.copies) * _row_bytes(job.pair)
-        return Folded(job.pair, num_bytes, num_wrong, largest, tuple(places.values()))
+        return Folded(job.pair.grown.name, num_bytes, num_wrong, largest, tuple(places.values()))
 
     def _wrong(self, pair: Pair, copies: tuple[Segment, ...], start: int, stop: int) -> Iterator[tuple[int, Wrong]]:
         """Yield the first row of the copy that each `Wrong` is in."""

@@ -91,7 +91,7 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
     with WeightFiles(headers[0]) as old, WeightFiles(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
             if folded.num_wrong:
-                wrong.setdefault(folded.pair.grown.name, _Wrong()).add(folded)
+                wrong.setdefault(folded.name, _Wrong()).add(folded)
             if progress:
                 progress(folded.num_bytes)
     differences += [TensorDifference(name, None, w.num_wrong, w.largest, tuple(w.places.values()))

@@ -9,6 +9,7 @@ from torch import Tensor
 from gdagrow.axes import IndexMap
 from gdagrow.convert import INDEX_SHIFT, LAMBDAS, SUBLN, row_maps
 from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.safetensors_writer import tensor_bytes
 from gdagrow.header import Header
 from gdagrow.lambda_init import moved_down, moved_norm
 
@@ -48,6 +49,20 @@ class ViewReader(TensorReader):
             return super().rows(name, begin, end)
         parts = [super(ViewReader, self).rows(name, *run) for run in _runs_between(self._maps[name], begin, end)]
         return torch.cat(parts) if parts else super().rows(name, 0, 0)
+
+    def read_into(self, octets: memoryview, name: str, begin: int = 0, end: int | None = None) -> None:
+        end = self._shapes[name][0] if end is None else end
+        if name in self._made:
+            octets[:] = tensor_bytes(self._make(*self._made[name])[begin:end])
+            return
+        if name not in self._maps:
+            super().read_into(octets, name, begin, end)
+            return
+        row_bytes, at = len(octets) // max(1, end - begin), 0
+        for first, last in _runs_between(self._maps[name], begin, end):
+            num_bytes = (last - first) * row_bytes
+            super().read_into(octets[at : at + num_bytes], name, first, last)
+            at += num_bytes
 
     def _make(self, made: str, layer: int) -> Tensor:
         old, new = layer + INDEX_SHIFT, layer

@@ -9,8 +9,9 @@ from typing import Any
 from gdagrow.archs import architecture_of
 from gdagrow.axes import AxisMaps, parse
 from gdagrow.errors import CompareError
+from gdagrow.formats.weight_files import WeightFiles
 from gdagrow.growth import TensorGrowth
-from gdagrow.reading import open_reader
+from gdagrow.header import Header
 from gdagrow.rows import claim, grown_rows
 from gdagrow.verify.lineage import lineage_of
 from gdagrow.verify.pair import HeaderPair, read_pair
@@ -88,10 +89,10 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
         ) from None
     pairs, differences = _pairs(headers, lineage.maps)
     wrong: dict[str, _Wrong] = {}
-    with open_reader(headers[0]) as old, open_reader(headers[1]) as new:
+    with _files_of(headers[0]) as old, _files_of(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
             if folded.num_wrong:
-                wrong.setdefault(folded.pair.grown.name, _Wrong()).add(folded)
+                wrong.setdefault(folded.name, _Wrong()).add(folded)
             if progress:
                 progress(folded.num_bytes)
     differences += [TensorDifference(name, None, w.num_wrong, w.largest, tuple(w.places.values()))
@@ -116,6 +117,15 @@ class _Wrong:
         self.num_wrong += folded.num_wrong
         self.largest = max(self.largest, folded.largest)
         add_places(self.places, folded.places)
+
+
+def _files_of(header: Header) -> WeightFiles:
+    if header.view_of is None:
+        return WeightFiles(header)
+    # Inside, because what it makes takes torch, which takes longer to import than most checkpoints to check.
+    from gdagrow.reading import ViewReader
+
+    return ViewReader(header)
 
 
 def _pairs(headers: HeaderPair, maps: AxisMaps) -> tuple[list[Pair], list[TensorDifference]]:

@@ -14,8 +14,9 @@ from gdagrow.archs.motif import Motif
 from gdagrow.axes import IndexMap, parse
 from gdagrow.errors import CompareError
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.safetensors_reader import TORCH_DTYPES
 from gdagrow.growth import TensorGrowth
-from gdagrow.verify.fold import fold_rows
+from gdagrow.verify.fold import FLOATS, fold_rows
 from gdagrow.verify.lineage import inferred_maps
 from gdagrow.verify.places import head_at
 from gdagrow.verify.weights import check_weights
@@ -67,9 +68,11 @@ def test_growing_twice_folds_back_to_either_source(tmp_path: Path) -> None:
 def sums(weight: list[float], parts: list[list[float]], dtype: torch.dtype) -> list[float]:
     """How far each sum of parts was found from its weight, in order; nothing for those that are equal."""
     growth = TensorGrowth((IndexMap.identity(1), IndexMap.tile(len(weight), len(parts))), (False, True))
-    grown = torch.tensor([value for part in parts for value in part], dtype=dtype)
-    return [float(d) for wrong in fold_rows(growth, torch.tensor([weight], dtype=dtype), grown[None])
-            for d in wrong.apart]  # fmt: skip
+    joined = [value for part in parts for value in part]
+    rows = [torch.tensor([values], dtype=dtype).view(torch.uint8).numpy() for values in (weight, joined)]
+    code = next(code for code, of_torch in TORCH_DTYPES.items() if of_torch == dtype)
+    source, grown = (octets.view(FLOATS[code].bits) for octets in rows)
+    return [float(d) for wrong in fold_rows(FLOATS[code], growth, source, grown) for d in wrong.apart]
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)

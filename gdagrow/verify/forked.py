@@ -1,0 +1,106 @@
+"""Work spread over forked processes, whose results come back in order.
+
+Threads would share the interpreter's lock, and hand it over between any two of many short array operations: with two of
+them, most of what the second core gained was lost again.
+"""
+
+import os
+import pickle
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO, Final, Generic, TypeVar
+
+from gdagrow.errors import CompareError
+
+_MAX_PROCESSES: Final = 8
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def num_processes() -> int:
+    """Processes to spread work over: one for each core that this one may run on, up to a few."""
+    return min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def in_forks(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> Iterator[Result]:
+    """Yield `work(job)` for every job, in order, done by `count` copies of this process.
+
+    Args:
+        work: Must only compute and read files: locks that other threads hold are never released in a copy. What it
+            returns and raises is pickled.
+        jobs: Done in turn: by the first process the first, by the second the second.
+        count: Processes.
+
+    Raises:
+        CompareError: a process was killed.
+        Exception: what `work` raised first.
+    """
+    with ExitStack() as stack:
+        forks: list[_Fork[Result]] = []
+        for first in range(count):
+            forks.append(_Fork.start(work, jobs[first::count]))
+            stack.callback(forks[-1].stop)
+        for i in range(len(jobs)):
+            yield forks[i % count].receive()
+
+
+@dataclass(frozen=True)
+class _Raised:
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _Fork(Generic[Result]):
+    process: int
+    results: BinaryIO
+
+    @staticmethod
+    def start(work: Callable[[Job], Result], jobs: Sequence[Job]) -> "_Fork[Result]":
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            # Python warns of forking beside other threads, whose locks `work` does not need.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = os.fork()
+        if process:
+            os.close(writing)
+            return _Fork(process, os.fdopen(reading, "rb"))
+        # Nothing of what this process was about to do may be done here again, whatever happens.
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            os.close(reading)
+            with os.fdopen(writing, "wb") as results:
+                _work_off(work, jobs, results)
+        finally:
+            os._exit(0)
+
+    def receive(self) -> Result:
+        answer: Result | _Raised
+        try:
+            answer = pickle.load(self.results)
+        except (EOFError, pickle.UnpicklingError):
+            raise CompareError("a process that checked weights was killed; free some memory and start again") from None
+        if isinstance(answer, _Raised):
+            raise answer.error
+        return answer
+
+    def stop(self) -> None:
+        self.results.close()
+        os.kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+
+
+def _work_off(work: Callable[[Job], Result], jobs: Sequence[Job], results: BinaryIO) -> None:
+    for job in jobs:
+        answer: Result | _Raised
+        try:
+            answer = work(job)
+        except Exception as error:
+            answer = _Raised(error)
+        # Once nobody listens, this raises and ends the process.
+        pickle.dump(answer, results)
+        results.flush()

@@ -82,17 +82,16 @@ class WeightFiles:
         row_bytes = prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
         return RowsInFile(info, (end - begin, *info.shape[1:]), file, info.start + begin * row_bytes)
 
-    def read_into(self, octets: memoryview, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Read the bytes of rows, found as `find` does, into as many octets.
+    def read(self, rows: RowsInFile, skipped: int, octets: memoryview) -> None:
+        """Fill `octets` with the bytes of rows that were found, after the first `skipped`.
 
         Raises:
-            CheckpointError: as `find`, or the file cannot be read.
+            CheckpointError: the file cannot be read, or has become shorter.
         """
-        rows, done = self.find(name, begin, end), 0
-        assert rows.num_bytes == len(octets), f"{rows.num_bytes} bytes of {name} into {len(octets)}"
+        done = 0
         while done < len(octets):
             try:
-                count = os.preadv(rows.file, [octets[done:]], rows.start + done)
+                count = os.preadv(rows.file, [octets[done:]], rows.start + skipped + done)
             except OSError as error:
                 raise self.unreadable(rows.info, "read", error) from None
             if not count:

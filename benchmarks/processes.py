@@ -17,7 +17,8 @@ class Run:
     """One finished process.
 
     wall, cpu: Seconds that passed, and seconds of processor time on all cores.
-    anonymous, resident: Peaks of RssAnon, sampled, and of the whole resident set with mapped files (VmHWM), in MiB.
+    anonymous, resident: Peaks of RssAnon, sampled, and of the whole resident set with mapped files (VmHWM), in MiB; of
+        the process and its children together, so that pages which they share count for each.
     stdout: What it printed.
     """
 
@@ -34,8 +35,9 @@ def timed(command: list[str]) -> Run:
     # What is printed is read at the end: it must be short enough for a pipe.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
-        memory = _memory(process.pid)
-        anonymous, resident = max(anonymous, memory.get("RssAnon", 0)), max(resident, memory.get("VmHWM", 0))
+        family = [_memory(pid) for pid in (process.pid, *_children(process.pid))]
+        anonymous = max(anonymous, sum(memory.get("RssAnon", 0) for memory in family))
+        resident = max(resident, sum(memory.get("VmHWM", 0) for memory in family))
         time.sleep(0.005)
     wall, after = time.perf_counter() - start, os.times()
     stdout, stderr = process.communicate()
@@ -48,6 +50,13 @@ def timed(command: list[str]) -> Run:
 def cat(files: list[Path]) -> Run:
     """Read files and drop what is read."""
     return timed(["sh", "-c", 'exec cat "$@" > /dev/null', "cat", *map(str, files)])
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _memory(pid: int) -> dict[str, int]:

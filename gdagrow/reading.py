@@ -2,6 +2,9 @@
 
 from bisect import bisect_right
 from itertools import accumulate
+from math import prod
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,7 +13,8 @@ from gdagrow.axes import IndexMap
 from gdagrow.convert import INDEX_SHIFT, LAMBDAS, SUBLN, row_maps
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.formats.safetensors_writer import tensor_bytes
-from gdagrow.header import Header
+from gdagrow.formats.weight_files import NO_FILE, RowsInFile
+from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.lambda_init import moved_down, moved_norm
 
 
@@ -50,20 +54,6 @@ class ViewReader(TensorReader):
         parts = [super(ViewReader, self).rows(name, *run) for run in _runs_between(self._maps[name], begin, end)]
         return torch.cat(parts) if parts else super().rows(name, 0, 0)
 
-    def read_into(self, octets: memoryview, name: str, begin: int = 0, end: int | None = None) -> None:
-        end = self._shapes[name][0] if end is None else end
-        if name in self._made:
-            octets[:] = tensor_bytes(self._make(*self._made[name])[begin:end])
-            return
-        if name not in self._maps:
-            super().read_into(octets, name, begin, end)
-            return
-        row_bytes, at = len(octets) // max(1, end - begin), 0
-        for first, last in _runs_between(self._maps[name], begin, end):
-            num_bytes = (last - first) * row_bytes
-            super().read_into(octets[at : at + num_bytes], name, first, last)
-            at += num_bytes
-
     def _make(self, made: str, layer: int) -> Tensor:
         old, new = layer + INDEX_SHIFT, layer
         if made == SUBLN:
@@ -71,6 +61,39 @@ class ViewReader(TensorReader):
         query, key = (super(ViewReader, self).tensor(name.format(layer=layer)).double().tolist() for name in LAMBDAS)
         moved = moved_down(query, key, old, new)
         return torch.tensor(moved[LAMBDAS.index(made)], dtype=torch.float64)
+
+
+class ViewFiles:
+    """A view for those who read bytes, as `WeightFiles` has them; rows are put together when they are read."""
+
+    def __init__(self, view: Header) -> None:
+        self._view, self._reader = view, ViewReader(view)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
+
+    def find(self, name: str, begin: int = 0, end: int | None = None) -> RowsInFile:
+        """Rows `[begin, end)` of a tensor of the view, in no file of their own."""
+        info = self._view.tensors[name]
+        shape = (info.shape[0] if end is None else end) - begin, *info.shape[1:]
+        return RowsInFile(info, shape, NO_FILE, begin * _row_bytes(info))
+
+    def read(self, rows: RowsInFile, skipped: int, octets: memoryview) -> None:
+        """Fill `octets` with whole rows of those that were found, after the first `skipped` bytes."""
+        row_bytes = _row_bytes(rows.info)
+        begin = (rows.start + skipped) // row_bytes
+        octets[:] = tensor_bytes(
+            self._reader.rows(rows.info.name, begin, begin + len(octets) // row_bytes).contiguous()
+        )
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    return prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
 
 
 def _runs_between(index_map: IndexMap, begin: int, end: int) -> list[tuple[int, int]]:

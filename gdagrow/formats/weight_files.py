@@ -4,18 +4,22 @@ import os
 from dataclasses import dataclass
 from math import prod
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_shard
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 
 FLOATING: Final = ("F64", "F32", "F16", "BF16")
+NO_FILE: Final = -1
 
 
 @dataclass(frozen=True)
 class RowsInFile:
-    """Rows of a tensor: `num_bytes` from byte `start` of its shard, which is open as `file`."""
+    """Rows of a tensor: `num_bytes` from byte `start` of its shard, which is open as `file`.
+
+    Rows that a view puts together are in `NO_FILE`, and start where they would if the tensor were one.
+    """
 
     info: TensorInfo
     shape: tuple[int, ...]
@@ -25,6 +29,20 @@ class RowsInFile:
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.info.dtype]
+
+
+class RowFiles(Protocol):
+    """What finds rows and reads their bytes: see `WeightFiles`."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def find(self, name: str, begin: int = 0, end: int | None = None) -> RowsInFile: ...
+
+    def read(self, rows: RowsInFile, skipped: int, octets: memoryview) -> None: ...
 
 
 class WeightFiles:
@@ -83,17 +101,16 @@ class WeightFiles:
         row_bytes = prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
         return RowsInFile(info, (end - begin, *info.shape[1:]), file, info.start + begin * row_bytes)
 
-    def read_into(self, octets: memoryview, name: str, begin: int = 0, end: int | None = None) -> None:
-        """Read the bytes of rows, found as `find` does, into as many octets.
+    def read(self, rows: RowsInFile, skipped: int, octets: memoryview) -> None:
+        """Fill `octets` with the bytes of rows that were found, after the first `skipped`.
 
         Raises:
-            CheckpointError: as `find`, or the file cannot be read.
+            CheckpointError: the file cannot be read, or has become shorter.
         """
-        rows, done = self.find(name, begin, end), 0
-        assert rows.num_bytes == len(octets), f"{rows.num_bytes} bytes of {name} into {len(octets)}"
+        done = 0
         while done < len(octets):
             try:
-                count = os.preadv(rows.file, [octets[done:]], rows.start + done)
+                count = os.preadv(rows.file, [octets[done:]], rows.start + skipped + done)
             except OSError as error:
                 raise self.unreadable(rows.info, "read", error) from None
             if not count:

@@ -1,7 +1,7 @@
 """Work spread over forked processes, whose results come back in order.
 
-Threads would share the interpreter's lock, and hand it over between any two of many short array operations: with two of
-them, most of what the second core gained was lost again.
+Threads would hand the interpreter's lock to and fro between many short array operations: with two of them on two cores,
+folding took 0.6 to 1.1 of the time of one, and up to twice the processor time; with two processes it takes half.
 """
 
 import os
@@ -31,7 +31,7 @@ def in_forks(work: Callable[[Job], Result], jobs: Sequence[Job], count: int) -> 
 
     Args:
         work: Must only compute and read files: locks that other threads hold are never released in a copy. What it
-            returns and raises is pickled.
+            returns or raises must be fit for pickling.
         jobs: Done in turn: by the first process the first, by the second the second.
         count: Processes.
 
@@ -61,22 +61,24 @@ class _Fork(Generic[Result]):
     @staticmethod
     def start(work: Callable[[Job], Result], jobs: Sequence[Job]) -> "_Fork[Result]":
         reading, writing = os.pipe()
-        with warnings.catch_warnings():
-            # Python warns of forking beside other threads, whose locks `work` does not need.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process = os.fork()
-        if process:
-            os.close(writing)
-            return _Fork(process, os.fdopen(reading, "rb"))
-        # Nothing of what this process was about to do may be done here again, whatever happens.
+        parent = os.getpid()
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            os.close(reading)
-            with os.fdopen(writing, "wb") as results:
-                _work_off(work, jobs, results)
+            with warnings.catch_warnings():
+                # Python warns of forking beside other threads, whose locks `work` does not need.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process = os.fork()
+            if not process:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_DFL)
+                os.close(reading)
+                with os.fdopen(writing, "wb") as results:
+                    _work_off(work, jobs, results)
         finally:
-            os._exit(0)
+            # Whatever happens, the copy never goes on with what this process was about to do.
+            if os.getpid() != parent:
+                os._exit(0)
+        os.close(writing)
+        return _Fork(process, os.fdopen(reading, "rb"))
 
     def receive(self) -> Result:
         answer: Result | _Raised

@@ -8,7 +8,7 @@ import numpy as np
 
 from gdagrow.archs import Sizes
 from gdagrow.axes import Notation, Segment
-from gdagrow.formats.weight_files import WeightFiles
+from gdagrow.formats.weight_files import RowFiles, RowsInFile
 from gdagrow.growth import TensorGrowth, copies_of
 from gdagrow.header import ITEM_BYTES, TensorInfo
 from gdagrow.verify.fold import FLOATS, Bits, Wrong, fold_rows, same_bits, scratch
@@ -74,7 +74,7 @@ class _Job:
 class Folder:
     """Folds pairs of tensors of two checkpoints, whose readers stay open meanwhile."""
 
-    def __init__(self, source: WeightFiles, grown: WeightFiles, before: Sizes, after: Sizes) -> None:
+    def __init__(self, source: RowFiles, grown: RowFiles, before: Sizes, after: Sizes) -> None:
         self._source, self._grown = source, grown
         self._before, self._after = before.axes, after.axes
 
@@ -86,31 +86,35 @@ class Folder:
         return in_forks(self._fold, jobs, num_processes())
 
     def _fold(self, job: _Job) -> Folded:
-        num_bytes, num_wrong, largest = 0, 0, 0.0
+        pair, old, length = job.pair, job.copies[0].old + job.start, job.stop - job.start
+        source = _find(self._source, pair.source, old, length)
+        copies = [_find(self._grown, pair.grown, copy.new + job.start, length) for copy in job.copies]
+        num_wrong, largest = 0, 0.0
         places: dict[PlaceKey, Place] = {}
-        rows = max(1, _BLOCK_BYTES // _row_bytes(job.pair))
-        for start in range(job.start, job.stop, rows):
-            stop = min(start + rows, job.stop)
-            for row, wrong in self._wrong(job.pair, job.copies, start, stop):
+        step = max(1, _BLOCK_BYTES // _row_bytes(pair))
+        for start in range(0, length, step):
+            for copy, wrong in self._wrong(pair, source, copies, start, min(start + step, length)):
                 num_wrong += len(wrong.rows)
                 largest = max(largest, float(wrong.apart.max()))
-                add_places(places, self._places(job.pair, wrong, row, job.copies[0].old + start))
-            num_bytes += (stop - start) * len(job.copies) * _row_bytes(job.pair)
-        return Folded(job.pair.grown.name, num_bytes, num_wrong, largest, tuple(places.values()))
+                row = job.copies[copy].new + job.start + start
+                add_places(places, self._places(pair, wrong, row, old + start))
+        num_bytes = sum(copy.num_bytes for copy in copies)
+        return Folded(pair.grown.name, num_bytes, num_wrong, largest, tuple(places.values()))
 
-    def _wrong(self, pair: Pair, copies: tuple[Segment, ...], start: int, stop: int) -> Iterator[tuple[int, Wrong]]:
-        """Yield the first row of the copy that each `Wrong` is in."""
-        old = copies[0].old
-        source = _read(self._source, pair.source, old + start, old + stop, "source")
+    def _wrong(
+        self, pair: Pair, source: RowsInFile, copies: Sequence[RowsInFile], start: int, stop: int
+    ) -> Iterator[tuple[int, Wrong]]:
+        """Yield which copy each `Wrong` is in, of rows `[start, stop)` of those that were found."""
+        floats = FLOATS[pair.grown.dtype]
+        weight = _read(self._source, source, start, stop, "source")
         right: Bits | None = None
-        for copy in copies:
-            row = copy.new + start
-            grown = _read(self._grown, pair.grown, row, copy.new + stop, "grown" if right is None else "again")
+        for i, copy in enumerate(copies):
+            grown = _read(self._grown, copy, start, stop, "grown" if right is None else "again")
             # Further copies need not be folded if they are the same as one that is right.
             if right is not None and same_bits(right, grown):
                 continue
-            found = fold_rows(FLOATS[pair.grown.dtype], pair.growth, source, grown)
-            yield from ((row, wrong) for wrong in found)
+            found = fold_rows(floats, pair.growth, weight, grown)
+            yield from ((i, wrong) for wrong in found)
             if right is None and not found:
                 right = grown
 
@@ -136,15 +140,16 @@ def add_places(known: dict[PlaceKey, Place], found: Iterable[Place]) -> None:
         known.setdefault(place.head or (place.row, place.column), place)
 
 
-def _read(files: WeightFiles, info: TensorInfo, start: int, stop: int, use: str) -> Bits:
-    """Rows of a tensor, in memory that is used again; one of fewer than two dimensions is a single row."""
-    columns = info.shape[-1] if info.shape else 1
-    bits = scratch.of(use, (stop - start, columns), FLOATS[info.dtype].bits)
-    octets = bits.data.cast("B")
-    if len(info.shape) < 2:
-        files.read_into(octets, info.name)
-    else:
-        files.read_into(octets, info.name, start, stop)
+def _find(files: RowFiles, info: TensorInfo, start: int, length: int) -> RowsInFile:
+    """Rows of a tensor; one of fewer than two dimensions is a single row."""
+    return files.find(info.name) if len(info.shape) < 2 else files.find(info.name, start, start + length)
+
+
+def _read(files: RowFiles, rows: RowsInFile, start: int, stop: int, use: str) -> Bits:
+    """Rows `[start, stop)` of those that were found, in memory that is used again."""
+    columns = rows.info.shape[-1] if rows.info.shape else 1
+    bits = scratch.of(use, (stop - start, columns), FLOATS[rows.info.dtype].bits)
+    files.read(rows, start * bits.strides[0], bits.data.cast("B"))
     return bits
 
 

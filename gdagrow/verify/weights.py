@@ -9,7 +9,7 @@ from typing import Any
 from gdagrow.archs import architecture_of
 from gdagrow.axes import AxisMaps, parse
 from gdagrow.errors import CompareError
-from gdagrow.formats.weight_files import WeightFiles
+from gdagrow.formats.weight_files import RowFiles, WeightFiles
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header
 from gdagrow.rows import claim, grown_rows
@@ -119,13 +119,13 @@ class _Wrong:
         add_places(self.places, folded.places)
 
 
-def _files_of(header: Header) -> WeightFiles:
+def _files_of(header: Header) -> RowFiles:
     if header.view_of is None:
         return WeightFiles(header)
     # Inside, because what it makes takes torch, which takes longer to import than most checkpoints to check.
-    from gdagrow.reading import ViewReader
+    from gdagrow.reading import ViewFiles
 
-    return ViewReader(header)
+    return ViewFiles(header)
 
 
 def _pairs(headers: HeaderPair, maps: AxisMaps) -> tuple[list[Pair], list[TensorDifference]]:

@@ -88,6 +88,33 @@ def test_rounding_hides_no_wrong_sum(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)
+def test_no_part_is_too_small_to_count(dtype: torch.dtype) -> None:
+    """However far below its weight, and also when only the last bit of a sum that needs one more is wrong."""
+    info = torch.finfo(dtype)
+    part = info.smallest_normal
+    while part < 1:
+        assert sums([1.0], [[1.0], [part]], dtype) == [part]
+        part *= 2
+    ulp = info.eps / 4
+    assert sums([1.0], [[0.75], [0.25 + ulp]], dtype) == [ulp]
+    assert sums([1.0], [[0.75 - ulp * 2], [0.25 + ulp * 2]], dtype) == []
+
+
+@pytest.mark.parametrize("copies", [2, 3, 5, 8])
+@pytest.mark.parametrize("length", [1, 4, 5])
+@pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)
+def test_every_part_of_every_column_counts(dtype: torch.dtype, length: int, copies: int) -> None:
+    weight = [copies / 8 * (column + 1) for column in range(length)]
+    for column in range(length):
+        for copy in range(copies):
+            parts = [[(i + 1) / 8 for i in range(length)] for _ in range(copies)]
+            assert sums(weight, parts, dtype) == []
+            off = parts[copy][column] * torch.finfo(dtype).eps
+            parts[copy][column] += off
+            assert sums(weight, parts, dtype) == [off]
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)
 def test_zeros_and_what_is_not_finite(dtype: torch.dtype) -> None:
     assert sums([0.0, -0.0, -0.0], [[-0.0, 0.0, -0.0], [0.0, 0.0, -0.0]], dtype) == []
     assert sums([math.inf, math.nan], [[math.inf, math.nan], [math.inf, math.nan]], dtype) == []

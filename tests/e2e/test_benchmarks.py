@@ -35,7 +35,7 @@ def test_diff_weights_benchmark_and_the_bound_on_memory(tmp_path: Path) -> None:
     for found in figures["growths"].values():
         assert found["grown_bytes"] > 2 * figures["source_bytes"] > 2 * 70e6
         assert len(found["rate_over_cat"]) == 1
-        assert found["rss_anon_above_torch_mib"] < 100
+        assert found["rss_anon_above_torch_mib"] < 300
 
 
 def test_diff_logits_benchmark(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_every_part_of_every_column_counts(dtype: torch.dtype, length: int, copi
         for copy in range(copies):
             parts = [[(i + 1) / 8 for i in range(length)] for _ in range(copies)]
             assert sums(weight, parts, dtype) == []
-            off = parts[copy][column] * torch.finfo(dtype).eps
+            off = 2.0 ** (math.frexp(parts[copy][column])[1] - 1) * torch.finfo(dtype).eps  # the next number
             parts[copy][column] += off
             assert sums(weight, parts, dtype) == [off]
 

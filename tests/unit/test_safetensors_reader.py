@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.weight_files import WeightFiles
 from gdagrow.header import Header
 
 
@@ -165,3 +166,21 @@ def test_open_files_are_closed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         TensorReader(header)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_rows_are_read_into_memory_of_the_callers(tmp_path: Path) -> None:
+    expected = torch.randn(9, 3)
+    with WeightFiles(checkpoint(tmp_path, {"w": expected})) as files:
+        rows = files.find("w", 2, 7)
+        assert (rows.shape, rows.num_bytes) == ((5, 3), 60)
+        octets = bytearray(24)
+        files.read(rows, 12, memoryview(octets))
+        assert octets == bytes(expected[3:5].flatten().view(torch.uint8).tolist())
+
+
+def test_a_file_that_becomes_shorter_between_finding_and_reading_is_refused(tmp_path: Path) -> None:
+    with WeightFiles(checkpoint(tmp_path, {"w": torch.ones(9, 3)})) as files:
+        rows = files.find("w", 2, 7)
+        os.truncate(tmp_path / "model.safetensors", rows.start + 30)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was being read"):
+            files.read(rows, 0, memoryview(bytearray(60)))

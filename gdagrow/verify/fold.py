@@ -1,20 +1,63 @@
-"""Fold grown rows back onto the source's: copies must be its bits, and parts must sum to it with no rounding."""
+"""Fold grown rows back onto the source's: copies must be its bits, and parts must sum to it with no rounding.
+
+Weights are arrays of the unsigned integers that their bits are: numpy has no bfloat16, and bits are what is compared.
+"""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from math import fsum, inf
+from itertools import pairwise
+from math import fsum, inf, prod
+from typing import Any, Final
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
-from gdagrow.growth import BLOCK_WEIGHTS, TensorGrowth, copies_of
+from gdagrow.axes import Segment
+from gdagrow.growth import TensorGrowth, copies_of
 from gdagrow.heads import MAX_COPIES
 
-_AS_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
-_LEAST, _LARGEST = 2.0**-1074, torch.finfo(torch.float64).max
+Bits = NDArray[Any]  # unsigned integers as wide as a weight
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A stored dtype: the integers that its bits are read as, its numpy dtype if it has one, and its precision."""
+
+    bits: type[np.unsignedinteger[Any]]
+    dtype: type[np.floating[Any]] | None
+    significant_bits: int
+
+    def doubles(self, weights: Bits) -> NDArray[np.float64]:
+        """The weights' values."""
+        if self.dtype is None:
+            return (weights.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return weights.view(self.dtype).astype(np.float64)
+
+    def widen(self, weights: Bits, out: NDArray[Any]) -> None:
+        """Write the weights' values into a wider array; those of bfloat16 in an order of its own."""
+        if self.dtype is not None:
+            np.copyto(out, weights.view(self.dtype))
+        elif out.dtype == np.float64 or weights.shape[-1] % 2:
+            np.copyto(out, self.doubles(weights))
+        else:
+            # A bfloat16 is the upper half of a float32. Two at a time take one operation each and no conversion.
+            pairs = weights.view(np.uint32)
+            *copies, rows, half = pairs.shape
+            halves = out.view(np.uint32).reshape(*copies, 2, rows, half)
+            np.left_shift(pairs, 16, out=halves[..., 0, :, :])
+            np.bitwise_and(pairs, 0xFFFF0000, out=halves[..., 1, :, :])
+
+
+FLOATS: Final = {
+    "BF16": Floats(np.uint16, None, 8),
+    "F16": Floats(np.uint16, np.float16, 11),
+    "F32": Floats(np.uint32, np.float32, 24),
+    "F64": Floats(np.uint64, np.float64, 53),
+}
+_PRECISION: Final = {np.float32: 24, np.float64: 53}
+_LEAST, _LARGEST = 2.0**-1074, float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True)
@@ -27,89 +70,91 @@ class Wrong:
     apart: How far the copy, or the sum of the parts, is from the source; infinite where either is not finite.
     """
 
-    rows: Tensor
-    columns: Tensor
-    old_columns: Tensor
-    apart: Tensor
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    old_columns: NDArray[np.intp]
+    apart: NDArray[np.float64]
 
 
 class _Scratch(threading.local):
     """Memory that a thread works in: fresh memory for every result would take longer than the arithmetic."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
 
-    def of(self, use: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        num_bytes = shape.numel() * dtype.itemsize
-        if use not in self._buffers or self._buffers[use].numel() < num_bytes:
-            self._buffers[use] = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._buffers[use][:num_bytes].view(dtype).view(shape)
-
-
-_scratch = _Scratch()
+    def of(self, use: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        size = prod(shape) * np.dtype(dtype).itemsize
+        if use not in self._buffers or self._buffers[use].size < size:
+            self._buffers[use] = np.empty(size, np.uint8)
+        return np.ndarray(shape, dtype, self._buffers[use])
 
 
-def same_rows(one: Tensor, other: Tensor) -> bool:
-    """Whether two matrices of one shape and dtype are the same, bit for bit."""
-    step = max(1, BLOCK_WEIGHTS // one.shape[1])
-    return all(_same_bits(one[row : row + step], other[row : row + step]) for row in range(0, len(one), step))
+scratch = _Scratch()
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    low, high = _steps(one, other)
-    return low == high == 0
+def same_bits(one: Bits, other: Bits) -> bool:
+    """Whether two arrays are the same, bit for bit; `one` may be broadcast to the other's shape."""
+    if one.size == other.size and one.flags.c_contiguous and other.flags.c_contiguous and not one.nbytes % 8:
+        one, other = (bits.reshape(-1).view(np.uint64) for bits in (one, other))
+    return not np.not_equal(one, other, out=scratch.of("differ", other.shape, np.bool_)).any()
 
 
-def _steps(one: Tensor, other: Tensor) -> tuple[int, int]:
-    """The least and greatest of `_each_step`, several times faster to find than a comparison, which makes booleans."""
-    integer = _AS_INTEGER[one.dtype.itemsize]
-    out = _scratch.of("steps", one.shape, integer)
-    low, high = torch.sub(one.view(integer), other.view(integer), out=out).aminmax()
-    return int(low), int(high)
+def _steps(weight: Bits, part: Bits, out: Bits | None = None) -> Bits:
+    """How many numbers of their dtype lie between a weight and a part of its sign, counted towards zero.
+
+    Integers without a sign wrap around, so that what would be less than no steps, as parts that are larger or of the
+    other sign are away, is about as many as can be counted.
+    """
+    return np.subtract(weight, part, out=out)
 
 
-def _each_step(one: Tensor, other: Tensor) -> Tensor:
-    """How many numbers of their dtype lie between two of one sign, counted away from zero; 0 only for the same bits."""
-    integer = _AS_INTEGER[one.dtype.itemsize]
-    return one.view(integer) - other.view(integer)
-
-
-def fold_rows(growth: TensorGrowth, source: Tensor, grown: Tensor) -> Iterator[Wrong]:
-    """Yield what of consecutive rows does not fold back along the columns.
+@np.errstate(all="ignore")
+def fold_rows(floats: Floats, growth: TensorGrowth, source: Bits, grown: Bits) -> list[Wrong]:
+    """Return what of consecutive rows does not fold back along the columns.
 
     Args:
+        floats: The dtype of both.
         growth: The tensor's maps.
         source: `[rows, old columns]`.
-        grown: `[rows, new columns]` of the same dtype: one copy of those rows.
+        grown: `[rows, new columns]`, contiguous: one copy of those rows.
     """
+    wrong: list[Wrong] = []
     for segments in copies_of(growth.columns):
         old, length = segments[0].old, segments[0].length
-        step = max(1, BLOCK_WEIGHTS // length)
-        for start in range(0, len(source), step):
-            weight = source[start : start + step, old : old + length]
-            parts = [grown[start : start + step, s.new : s.new + length] for s in segments]
-            if growth.reads[-1] and len(parts) > 1:
-                if not _surely_sum(weight, parts):
-                    yield from _located(_sums_apart(weight, parts), start, segments[0].new, old)
-                continue
-            for part, segment in zip(parts, segments, strict=True):
-                if not _same_bits(weight, part):
-                    yield from _located(_copies_apart(weight, part), start, segment.new, old)
+        weight, parts = source[:, old : old + length], _parts(grown, segments)
+        if growth.reads[-1] and len(segments) > 1:
+            if not _surely_sum(floats, weight, parts):
+                wrong += _located(_sums_apart(floats, weight, parts), segments[0].new, old)
+        elif not same_bits(weight, parts):
+            apart = _copies_apart(floats, weight, parts)
+            for i, segment in enumerate(segments):
+                wrong += _located(apart[i], segment.new, old)
+    return wrong
 
 
-def _located(apart: Tensor, row: int, column: int, old_column: int) -> Iterator[Wrong]:
-    rows, columns = apart.nonzero(as_tuple=True)
+def _parts(grown: Bits, segments: tuple[Segment, ...]) -> Bits:
+    """The segments' columns, `[segments, rows, length]`: a view where they are evenly spaced, as most are."""
+    spacing = {b.new - a.new for a, b in pairwise(segments)} or {0}
+    if len(spacing) > 1:
+        return np.stack([grown[:, s.new : s.new + s.length] for s in segments])
+    shape, (row, item) = (len(segments), len(grown), segments[0].length), grown.strides
+    return np.ndarray(shape, grown.dtype, grown.data, segments[0].new * item, (spacing.pop() * item, row, item))
+
+
+def _located(apart: NDArray[np.float64], column: int, old_column: int) -> Iterator[Wrong]:
+    rows, columns = apart.nonzero()
     if len(rows):
-        yield Wrong(rows + row, columns + column, columns + old_column, apart[rows, columns])
+        yield Wrong(rows, columns + column, columns + old_column, apart[rows, columns])
 
 
-def _copies_apart(weight: Tensor, part: Tensor) -> Tensor:
-    apart = (part.double() - weight.double()).abs().nan_to_num(inf, inf, inf)
+def _copies_apart(floats: Floats, weight: Bits, parts: Bits) -> NDArray[np.float64]:
+    apart = np.abs(floats.doubles(parts) - floats.doubles(weight))
+    apart[~np.isfinite(apart)] = inf
     # A zero of the other sign is no copy, if only in its bits; it is told as the least distance that there is.
-    return torch.where(_each_step(weight, part) != 0, apart.clamp(min=_LEAST), 0.0)
+    return np.where(weight != parts, np.maximum(apart, _LEAST), 0.0)
 
 
-def _surely_sum(weight: Tensor, parts: Sequence[Tensor]) -> bool:
+def _surely_sum(floats: Floats, weight: Bits, parts: Bits) -> bool:
     """Whether the parts sum to their weights, as far as fast arithmetic can tell that is exact wherever this holds.
 
     Rounding could hide a wrong sum: a part far below the others drowns in them, and parts far above their sum drown its
@@ -119,68 +164,71 @@ def _surely_sum(weight: Tensor, parts: Sequence[Tensor]) -> bool:
     of `|w| / 2**(p + K)`, or of the smallest subnormal: in `p + K` bits nothing is rounded. (A part of the other sign
     passes the count if it exceeds `w` by half of all exponents; but then the sum has its sign.)
     """
-    furthest = _furthest(weight, parts)
-    for part in parts:
-        low, high = _steps(weight, part)
-        if low < 0 or high > furthest:
-            return False
-    rest = _rest(weight, parts)
+    copies, rows, length = parts.shape
+    # In the order of the file, in which memory is read fastest.
+    steps = scratch.of("steps", (rows, copies, length), parts.dtype).swapaxes(0, 1)
+    _steps(weight, parts, steps)
+    if int(np.maximum.reduce(steps, axis=None)) > _furthest(floats, parts):
+        return False
     # Bits again, for their speed; `_sums_apart` finds a rest of -0.0, which weights of zero may leave, to be none.
-    least, greatest = rest.view(_AS_INTEGER[rest.dtype.itemsize]).aminmax()
-    return int(least) == int(greatest) == 0
+    needed = floats.significant_bits + _spare_bits(parts)
+    carrier = np.float32 if needed <= _PRECISION[np.float32] else np.float64
+    return not _rest(floats, weight, parts, carrier).view(np.uint32).max()
 
 
-def _spare_bits(parts: Sequence[Tensor]) -> int:
+def _spare_bits(parts: Bits) -> int:
     return 4 + len(parts).bit_length()
 
 
-def _furthest(weight: Tensor, parts: Sequence[Tensor]) -> int:
+def _furthest(floats: Floats, parts: Bits) -> int:
     """How many numbers may lie between a weight and its part; none do for more copies than growth ever makes."""
-    return _spare_bits(parts) << (_SIGNIFICANT_BITS[weight.dtype] - 1) if len(parts) <= MAX_COPIES else -1
+    return _spare_bits(parts) << floats.significant_bits - 1 if len(parts) <= MAX_COPIES else -1
 
 
-def _rest(weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """What the parts sum to beyond their weight, with no rounding where `_surely_sum` says so.
+def _rest(floats: Floats, weight: Bits, parts: Bits, carrier: type[np.floating[Any]]) -> NDArray[Any]:
+    """What the parts sum to beyond their weight, `[rows, length]`, with no rounding where `_surely_sum` says so.
 
     No dtype has the bits for sums of float64; there what each addition loses is kept (Knuth's TwoSum), and as these
     losses are multiples of the same unit and far below `w`, they are added without an error. Zeros are equal
-    whatever their sign, which a sum may lose and no layer makes anything of.
+    whatever their sign, which a sum may lose and no layer makes anything of. In float32, bfloat16 is in the order of
+    `Floats.widen`.
     """
-    needed = _SIGNIFICANT_BITS[weight.dtype] + _spare_bits(parts)
-    carrier = torch.float32 if needed <= _SIGNIFICANT_BITS[torch.float32] else torch.float64
-    total = _scratch.of("total", weight.shape, carrier).copy_(parts[0])
-    value = _scratch.of("value", weight.shape, carrier)
-    lost: Tensor | None = None
-    for part in parts[1:]:
-        value.copy_(part)
-        if needed > _SIGNIFICANT_BITS[carrier]:
+    terms = scratch.of("terms", parts.shape, carrier)
+    floats.widen(parts, terms)
+    lost = []
+    # Halves are added, and again, since few large additions are faster than many small ones.
+    while len(terms) > 1:
+        half = (len(terms) + 1) // 2
+        total, value, terms = terms[: len(terms) - half], terms[half:], terms[:half]
+        if floats.dtype is np.float64:
             more = total + value
             of_value = more - total
-            error = (total - (more - of_value)) + (value - of_value)
-            lost = error if lost is None else lost.add_(error)
-        total.add_(value)
-    rest = total.sub_(value.copy_(weight))
-    return rest if lost is None else rest.add_(lost)
+            lost.append(((total - (more - of_value)) + (value - of_value)).sum(0))
+        total += value
+    rest = scratch.of("rest", weight.shape, carrier)
+    floats.widen(weight, rest)
+    np.subtract(terms[0], rest, out=rest)
+    for error in lost:
+        rest += error
+    return rest
 
 
-def _sums_apart(weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """How far each sum of parts is from its weight, float64; zero only for sums that are exactly equal."""
-    unsure = _rest(weight, parts) != 0
-    for part in parts:
-        steps = _each_step(weight, part)
-        unsure |= (steps < 0) | (steps > _furthest(weight, parts))
-    expected = weight[unsure].double()
-    terms = torch.stack([*(part[unsure].double() for part in parts), -expected], dim=1)
-    found = terms.sum(1).abs()
-    finite = terms.isfinite().all(1)
-    rounding = terms.abs().sum(1) * (terms.shape[1] * torch.finfo(torch.float64).eps)
+def _sums_apart(floats: Floats, weight: Bits, parts: Bits) -> NDArray[np.float64]:
+    """How far each sum of parts is from its weight, `[rows, length]`; zero only for sums that are exactly equal."""
+    beyond = (_steps(weight, parts) > _furthest(floats, parts)).any(0)
+    unsure = (_rest(floats, weight, parts, np.float64) != 0) | beyond
+    expected = floats.doubles(weight[unsure])
+    terms = np.column_stack([*(floats.doubles(part[unsure]) for part in parts), -expected])
+    found = np.abs(terms.sum(1))
+    finite = np.isfinite(terms).all(1)
+    rounding = np.abs(terms).sum(1) * (terms.shape[1] * np.finfo(np.float64).eps)
     # What rounding cannot explain is wrong; the rest, of which there is little, is summed in exact arithmetic.
-    for i in (finite & ~(found > rounding)).nonzero().flatten().tolist():
+    for i in (finite & ~(found > rounding)).nonzero()[0].tolist():
         found[i] = _exact_sum(terms[i].tolist())
-    whole = ((terms[:, :-1] == expected[:, None]) | (terms[:, :-1].isnan() & expected.isnan()[:, None])).all(1)
+    whole = ((terms[:, :-1] == expected[:, None]) | (np.isnan(terms[:, :-1]) & np.isnan(expected)[:, None])).all(1)
     found[~finite] = inf
-    found[whole & ~expected.isfinite()] = 0.0
-    apart = torch.zeros(weight.shape, dtype=torch.float64)
+    found[whole & ~np.isfinite(expected)] = 0.0
+    apart = np.zeros(unsure.shape)
     apart[unsure] = found
     return apart
 

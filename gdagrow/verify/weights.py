@@ -10,7 +10,7 @@ from gdagrow.archs import Parameter, Sizes, architecture_of
 from gdagrow.axes import AxisMaps, parse
 from gdagrow.errors import CompareError
 from gdagrow.formats.safetensors_header import read_header
-from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.weight_files import WeightFiles
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header
 from gdagrow.plan import claim, grown_rows
@@ -88,10 +88,10 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
     maps = recorded or inferred_maps(before, after)
     pairs, differences = _pairs(headers, claimed[0], maps)
     wrong: dict[str, _Wrong] = {}
-    with TensorReader(headers[0]) as old, TensorReader(headers[1]) as new:
+    with WeightFiles(headers[0]) as old, WeightFiles(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
             if folded.num_wrong:
-                wrong.setdefault(folded.pair.grown.name, _Wrong()).add(folded)
+                wrong.setdefault(folded.name, _Wrong()).add(folded)
             if progress:
                 progress(folded.num_bytes)
     differences += [TensorDifference(name, None, w.num_wrong, w.largest, tuple(w.places.values()))

@@ -1,6 +1,8 @@
 """The import order of the house: a module imports only from what stands above it in one list."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +73,13 @@ def modules() -> dict[str, str]:
 def test_imports_run_one_way() -> None:
     found = [problem for relative, source in modules().items() for problem in violations(relative, source)]
     assert found == [], "\n".join(["", *found])
+
+
+def test_checking_weights_does_without_torch() -> None:
+    """Its import would take longer than folding a checkpoint of some gigabytes."""
+    loaded = "import sys, gdagrow.verify.weights, gdagrow_cli.certificate_view; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 def test_the_order_names_what_exists() -> None:

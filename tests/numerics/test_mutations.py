@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gdagrow.errors import CheckpointError, CompareError
+from gdagrow.verify import tensors
 from gdagrow.verify.logits import compare
 from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
@@ -175,6 +176,26 @@ def test_a_wrong_growth_is_caught_and_named(
     assert places
     assert found.differences[0].num_wrong > 0
     assert not compare(*pair, TOKENS).equivalent
+
+
+@pytest.mark.parametrize("block_bytes", [1, 700])
+def test_blocks_chunks_and_processes_are_no_matter(
+    block_bytes: int, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(t: Tensors) -> None:
+        for wrong, _, _ in MUTATIONS:
+            wrong(t)
+
+    assert check_weights(*pair).equivalent
+    edit(pair[1], change)
+    found = check_weights(*pair)
+    for name, num_bytes in (("_ALONE_BYTES", 0), ("_BLOCK_BYTES", block_bytes), ("_CHUNK_BYTES", 3 * block_bytes)):
+        monkeypatch.setattr(tensors, name, num_bytes)
+    again = check_weights(*pair)
+    assert len(found.differences) >= 14
+    for one, other in zip(found.differences, again.differences, strict=True):
+        assert (one.name, one.num_wrong, one.largest) == (other.name, other.num_wrong, other.largest)
+        assert {place.head for place in one.places} == {place.head for place in other.places}
 
 
 def test_places_and_distances_are_right(pair: tuple[Path, Path]) -> None:

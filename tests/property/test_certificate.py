@@ -14,8 +14,9 @@ from gdagrow.archs.motif import Motif
 from gdagrow.axes import IndexMap, parse
 from gdagrow.errors import CompareError
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.safetensors_reader import TORCH_DTYPES
 from gdagrow.growth import TensorGrowth
-from gdagrow.verify.fold import fold_rows
+from gdagrow.verify.fold import FLOATS, fold_rows
 from gdagrow.verify.lineage import inferred_maps
 from gdagrow.verify.places import head_at
 from gdagrow.verify.weights import check_weights
@@ -67,9 +68,11 @@ def test_growing_twice_folds_back_to_either_source(tmp_path: Path) -> None:
 def sums(weight: list[float], parts: list[list[float]], dtype: torch.dtype) -> list[float]:
     """How far each sum of parts was found from its weight, in order; nothing for those that are equal."""
     growth = TensorGrowth((IndexMap.identity(1), IndexMap.tile(len(weight), len(parts))), (False, True))
-    grown = torch.tensor([value for part in parts for value in part], dtype=dtype)
-    return [float(d) for wrong in fold_rows(growth, torch.tensor([weight], dtype=dtype), grown[None])
-            for d in wrong.apart]  # fmt: skip
+    joined = [value for part in parts for value in part]
+    rows = [torch.tensor([values], dtype=dtype).view(torch.uint8).numpy() for values in (weight, joined)]
+    code = next(code for code, of_torch in TORCH_DTYPES.items() if of_torch == dtype)
+    source, grown = (octets.view(FLOATS[code].bits) for octets in rows)
+    return [float(d) for wrong in fold_rows(FLOATS[code], growth, source, grown) for d in wrong.apart]
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)
@@ -82,6 +85,33 @@ def test_rounding_hides_no_wrong_sum(dtype: torch.dtype) -> None:
     assert sums([0.0], [[huge], [-huge]], dtype) == []
     assert sums([huge], [[huge], [huge], [huge], [-huge], [-huge]], dtype) == []
     assert sums([0.0], [[huge], [huge], [huge], [-huge], [-huge], [-huge]], dtype) == []
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)
+def test_no_part_is_too_small_to_count(dtype: torch.dtype) -> None:
+    """However far below its weight, and also when only the last bit of a sum that needs one more is wrong."""
+    info = torch.finfo(dtype)
+    part = info.smallest_normal
+    while part < 1:
+        assert sums([1.0], [[1.0], [part]], dtype) == [part]
+        part *= 2
+    ulp = info.eps / 4
+    assert sums([1.0], [[0.75], [0.25 + ulp]], dtype) == [ulp]
+    assert sums([1.0], [[0.75 - ulp * 2], [0.25 + ulp * 2]], dtype) == []
+
+
+@pytest.mark.parametrize("copies", [2, 3, 5, 8])
+@pytest.mark.parametrize("length", [1, 4, 5])
+@pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)
+def test_every_part_of_every_column_counts(dtype: torch.dtype, length: int, copies: int) -> None:
+    weight = [copies / 8 * (column + 1) for column in range(length)]
+    for column in range(length):
+        for copy in range(copies):
+            parts = [[(i + 1) / 8 for i in range(length)] for _ in range(copies)]
+            assert sums(weight, parts, dtype) == []
+            off = 2.0 ** (math.frexp(parts[copy][column])[1] - 1) * torch.finfo(dtype).eps  # the next number
+            parts[copy][column] += off
+            assert sums(weight, parts, dtype) == [off]
 
 
 @pytest.mark.parametrize("dtype", STORED_DTYPES, ids=str)

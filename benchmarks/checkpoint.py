@@ -10,6 +10,16 @@ from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, plan_s
 
 DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
 _CHUNK_ELEMENTS = 2**22
+_VOCAB = 32000
+_LAYER_ELEMENTS_PER_HIDDEN_SQUARED = 15.5  # q 1, k 0.5, v 0.5, o 1.5, three FFN matrices of 4
+
+
+def write_source(directory: Path, *, gigabytes: float, dtype: str) -> int:
+    """Write a checkpoint of about `gigabytes`, of hidden size 2048 unless it is small; returns its weights' bytes."""
+    hidden, item = 2048 if gigabytes >= 0.3 else 512, DTYPES[dtype][1].itemsize
+    layer = _LAYER_ELEMENTS_PER_HIDDEN_SQUARED * hidden**2 * item
+    num_layers = max(1, round((gigabytes * 1e9 - 2 * _VOCAB * hidden * item) / layer))
+    return write_checkpoint(directory, num_layers=num_layers, hidden=hidden, dtype=dtype)
 
 
 def write_checkpoint(directory: Path, *, num_layers: int, hidden: int, dtype: str) -> int:
@@ -23,7 +33,7 @@ def write_checkpoint(directory: Path, *, num_layers: int, hidden: int, dtype: st
     config = {
         "model_type": "motif", "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": num_layers,
         "num_attention_heads": 4 * groups, "num_noise_heads": groups, "num_key_value_heads": 2 * groups,
-        "head_dim": 128, "vocab_size": 32000, "hidden_act": "poly_norm", "tie_word_embeddings": False,
+        "head_dim": 128, "vocab_size": _VOCAB, "hidden_act": "poly_norm", "tie_word_embeddings": False,
         "rms_norm_eps": 1e-6, "rope_theta": 500000.0, "max_position_embeddings": 16384,
     }  # fmt: skip
     motif = Motif()

@@ -8,55 +8,16 @@ disk. Reads of the source come from the page cache, as after a training run's sa
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoint import write_checkpoint
-
-_LAYER_ELEMENTS_PER_HIDDEN_SQUARED = 15.5  # q 1, k 0.5, v 0.5, o 1.5, three FFN matrices of 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished process: seconds of wall time and of both cores, and its peak anonymous memory in MiB."""
-
-    wall: float
-    cpu: float
-    anonymous: float
-
-
-def timed(command: list[str]) -> Run:
-    """Run a command, sampling RssAnon of the process every 5 ms."""
-    start, before, peak = time.perf_counter(), os.times(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None:
-        peak = max(peak, _rss_anon(process.pid))
-        time.sleep(0.005)
-    wall, after = time.perf_counter() - start, os.times()
-    if process.returncode:
-        assert process.stderr
-        raise SystemExit(f"{shlex.join(command)} failed: {process.stderr.read().decode()}")
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Run(wall, cpu, peak / 1024)
-
-
-def _rss_anon(pid: int) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return 0
+from checkpoint import write_source
+from processes import GDAGROW, IMPORT_TORCH, Run, timed
 
 
 def main() -> None:
@@ -75,24 +36,13 @@ def main() -> None:
 
 
 def report(work: Path, options: argparse.Namespace) -> None:
-    hidden, item = 2048 if options.gigabytes >= 0.3 else 512, {"bf16": 2, "fp32": 4}[options.dtype]
-    layer = _LAYER_ELEMENTS_PER_HIDDEN_SQUARED * hidden**2 * item
-    num_layers = max(1, round((options.gigabytes * 1e9 - 2 * 32000 * hidden * item) / layer))
-    source_bytes = write_checkpoint(work / "source", num_layers=num_layers, hidden=hidden, dtype=options.dtype)
-    base = timed([sys.executable, "-c", "import torch"])
+    source_bytes = write_source(work / "source", gigabytes=options.gigabytes, dtype=options.dtype)
+    base = timed(IMPORT_TORCH)
     runs: dict[str, list[Run]] = {"dd": [], "exact": [], "noise": []}
     out_bytes = 0
     for _ in range(options.runs):
         for arm, flags in (("exact", ["--exact-copies"]), ("noise", [])):
-            command = [
-                sys.executable,
-                "-m",
-                "gdagrow_cli.main",
-                "expand",
-                str(work / "source"),
-                str(work / "out"),
-                "--quiet",
-            ]
+            command = [*GDAGROW, "expand", str(work / "source"), str(work / "out"), "--quiet"]
             runs[arm].append(timed(command + shlex.split(options.growth) + flags))
             out_bytes = sum(file.stat().st_size for file in (work / "out").glob("*.safetensors"))
             shutil.rmtree(work / "out")

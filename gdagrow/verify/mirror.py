@@ -1,7 +1,9 @@
 """Gradients of a grown model held against its source's, by the chain rule and by the mirror rule of moments."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Final
 
@@ -10,7 +12,6 @@ from torch import Tensor
 
 from gdagrow.archs import architecture_of
 from gdagrow.axes import IndexMap, parse
-from gdagrow.engine import grow_moment
 from gdagrow.errors import CompareError
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header
@@ -19,6 +20,9 @@ from gdagrow.verify.backward import Gradients
 from gdagrow.verify.lineage import Lineage
 from gdagrow.verify.pair import HeaderPair
 from gdagrow.verify.rounding import Budget
+
+# Columns of a gradient that are held against each other at a time.
+_SLAB_COLUMNS: Final = 128
 
 UNEQUAL_PARTS: Final = "parts of a split differ: by zero-sum noise, or where the dtype cannot hold equal ones"
 
@@ -89,19 +93,34 @@ class GradientMeter:
         for name, gradient in source.items():
             rows = self._rows[name]
             growths = [_of_rows(self._growths[row.notation], gradient) for row in rows]
-            whole = _gathered(growths[0], gradient)
-            # Two tensors that grew from one, such as an untied head and its embedding, share its gradient.
-            summed = sum(
-                (_summed(growth, grown[row.name]) for growth, row in zip(growths, rows, strict=True)), 0 * whole
-            )
-            for growth, row in zip(growths, rows, strict=True):
-                found, expected = self._found[row.name], grow_moment(growth, gradient, 1)
-                found.source = _larger(found.source, gradient)
-                for moved in disturbed:
-                    found.moved = _larger(found.moved, gradient - moved[name])
-                found.chain = _larger(found.chain, summed - whole)
-                found.expected = _larger(found.expected, expected)
-                found.mirror = _larger(found.mirror, grown[row.name] - expected)
+            of_grown, moved = [grown[row.name] for row in rows], [gradients[name] for gradients in disturbed]
+            if len(rows) == 1 and gradient.dim() == 2 and growths[0].reads[1]:
+                # What is read has nothing to do with its neighbours: a few columns at a time need little memory.
+                for old, new in _slabs(growths[0].columns):
+                    growth = TensorGrowth((growths[0].rows, IndexMap.identity(old.stop - old.start)), growths[0].reads)
+                    slabs = [gradients[:, old] for gradients in moved]
+                    self._add(rows, [growth], gradient[:, old], [of_grown[0][:, new]], slabs)
+            else:
+                self._add(rows, growths, gradient, of_grown, moved)
+
+    def _add(
+        self, rows: list[GrownRow], growths: list[TensorGrowth], gradient: Tensor, grown: list[Tensor],
+        disturbed: list[Tensor],
+    ) -> None:  # fmt: skip
+        whole = _gathered(growths[0], gradient)
+        # Two tensors that grew from one, such as an untied head and its embedding, share its gradient.
+        summed = torch.zeros_like(whole)
+        for growth, of_copies in zip(growths, grown, strict=True):
+            summed += _summed(growth, of_copies)
+        apart = _largest_of(summed.sub_(whole))
+        for row, growth, of_copies in zip(rows, growths, grown, strict=True):
+            found, expected = self._found[row.name], _in_equal_parts(growth, whole)
+            found.source = _larger(found.source, _largest_of(gradient))
+            for moved in disturbed:
+                found.moved = _larger(found.moved, _largest_of(gradient - moved))
+            found.chain = _larger(found.chain, apart)
+            found.expected = _larger(found.expected, _largest_of(expected))
+            found.mirror = _larger(found.mirror, _largest_of(of_copies - expected))
 
     def differences(self, budget: Budget) -> tuple[GradientDifference, ...]:
         """Everything that was added."""
@@ -142,10 +161,20 @@ def _of_rows(growth: TensorGrowth, gradient: Tensor) -> TensorGrowth:
     return TensorGrowth((IndexMap.identity(len(gradient)), *growth.dims[1:]), growth.reads)
 
 
+def _slabs(columns: IndexMap) -> Iterator[tuple[slice, slice]]:
+    """The old and the new columns of every copy, a few at a time."""
+    for segment in columns.segments:
+        for start in range(0, segment.length, _SLAB_COLUMNS):
+            width = min(_SLAB_COLUMNS, segment.length - start)
+            old, new = segment.old + start, segment.new + start
+            yield slice(old, old + width), slice(new, new + width)
+
+
 def _gathered(growth: TensorGrowth, source: Tensor) -> Tensor:
     """The source's gradient at every grown index."""
-    for dim, old in enumerate(growth.dims):
-        source = source.index_select(dim, _indices(old, source))
+    for dim, index_map in enumerate(growth.dims):
+        if not index_map.is_identity:
+            source = source.index_select(dim, _old_indices(index_map, source.device))
     return source
 
 
@@ -153,18 +182,40 @@ def _summed(growth: TensorGrowth, gradient: Tensor) -> Tensor:
     """The sum over all copies along what the layer writes, at every one of them."""
     for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads, strict=True)):
         if not reads and not index_map.is_identity:
-            old = _indices(index_map, gradient)
+            old = _old_indices(index_map, gradient.device)
             shape = [*gradient.shape]
             shape[dim] = index_map.old_size
             gradient = gradient.new_zeros(shape).index_add_(dim, old, gradient).index_select(dim, old)
     return gradient
 
 
-def _indices(index_map: IndexMap, like: Tensor) -> Tensor:
-    return torch.tensor(list(index_map), device=like.device)
+def _in_equal_parts(growth: TensorGrowth, whole: Tensor) -> Tensor:
+    """A gathered gradient divided among the copies along what the layer writes: the mirror rule."""
+    for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads, strict=True)):
+        if not reads and not index_map.is_identity:
+            copies = _copies(index_map, whole.device).to(whole.dtype)
+            whole = whole / copies.view([-1 if d == dim else 1 for d in range(whole.dim())])
+    return whole
 
 
-def _larger(known: float, found: Tensor) -> float:
+@lru_cache(maxsize=64)
+def _old_indices(index_map: IndexMap, device: torch.device) -> Tensor:
+    return torch.tensor(list(index_map), device=device)
+
+
+@lru_cache(maxsize=64)
+def _copies(index_map: IndexMap, device: torch.device) -> Tensor:
+    """How many copies there are of what each new index is one of."""
+    old = _old_indices(index_map, device)
+    return torch.bincount(old, minlength=index_map.old_size)[old]
+
+
+def _largest_of(found: Tensor) -> float:
+    """The largest absolute value, NaN if there is one, without a copy of the tensor."""
+    low, high = found.aminmax()
+    return float(torch.maximum(-low, high))
+
+
+def _larger(known: float, found: float) -> float:
     """The larger of two; NaN if either is, which `max` would lose."""
-    largest = float(found.abs().max())
-    return math.nan if math.isnan(known) or math.isnan(largest) else max(known, largest)
+    return math.nan if math.isnan(known) or math.isnan(found) else max(known, found)

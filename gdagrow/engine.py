@@ -4,6 +4,8 @@ A weight is gathered along every dimension, and split among the copies of every 
 moment is gathered likewise and divided among the copies of every index that the layer *writes* (growth-math 2).
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -85,9 +87,23 @@ def grow_moment(growth: TensorGrowth, source: Tensor, power: int) -> Tensor:
     """
     grown = source
     for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads, strict=True)):
-        grown = grown.index_select(dim, torch.tensor(list(index_map)))
+        if index_map.is_identity:
+            continue
+        grown = grown.index_select(dim, old_indices(index_map, source.device))
         if not reads:
-            copies = torch.cat([torch.full((s.length,), float(s.copies)) for s in index_map.segments])
             shape = [-1 if d == dim else 1 for d in range(source.dim())]
-            grown = grown / copies.to(grown.dtype).reshape(shape) ** power
+            grown = grown / _copies(index_map, source.device).to(grown.dtype).reshape(shape) ** power
     return grown
+
+
+@lru_cache(maxsize=64)
+def old_indices(index_map: IndexMap, device: torch.device) -> Tensor:
+    """The old index of each new one, int64 on `device`."""
+    return torch.tensor(list(index_map), device=device)
+
+
+@lru_cache(maxsize=64)
+def _copies(index_map: IndexMap, device: torch.device) -> Tensor:
+    """How many copies there are of what each new index is one of."""
+    old = old_indices(index_map, device)
+    return torch.bincount(old, minlength=index_map.old_size)[old]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from typing import Final
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gdagrow.archs import architecture_of
 from gdagrow.axes import IndexMap, parse
+from gdagrow.engine import grow_moment, old_indices
 from gdagrow.errors import CompareError
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header
@@ -114,7 +114,7 @@ class GradientMeter:
             summed += _summed(growth, of_copies)
         apart = _largest_of(summed.sub_(whole))
         for row, growth, of_copies in zip(rows, growths, grown, strict=True):
-            found, expected = self._found[row.name], _in_equal_parts(growth, whole)
+            found, expected = self._found[row.name], grow_moment(growth, gradient, 1)
             found.source = _larger(found.source, _largest_of(gradient))
             for moved in disturbed:
                 found.moved = _larger(found.moved, _largest_of(gradient - moved))
@@ -174,7 +174,7 @@ def _gathered(growth: TensorGrowth, source: Tensor) -> Tensor:
     """The source's gradient at every grown index."""
     for dim, index_map in enumerate(growth.dims):
         if not index_map.is_identity:
-            source = source.index_select(dim, _old_indices(index_map, source.device))
+            source = source.index_select(dim, old_indices(index_map, source.device))
     return source
 
 
@@ -182,32 +182,11 @@ def _summed(growth: TensorGrowth, gradient: Tensor) -> Tensor:
     """The sum over all copies along what the layer writes, at every one of them."""
     for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads, strict=True)):
         if not reads and not index_map.is_identity:
-            old = _old_indices(index_map, gradient.device)
+            old = old_indices(index_map, gradient.device)
             shape = [*gradient.shape]
             shape[dim] = index_map.old_size
             gradient = gradient.new_zeros(shape).index_add_(dim, old, gradient).index_select(dim, old)
     return gradient
-
-
-def _in_equal_parts(growth: TensorGrowth, whole: Tensor) -> Tensor:
-    """A gathered gradient divided among the copies along what the layer writes: the mirror rule."""
-    for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads, strict=True)):
-        if not reads and not index_map.is_identity:
-            copies = _copies(index_map, whole.device).to(whole.dtype)
-            whole = whole / copies.view([-1 if d == dim else 1 for d in range(whole.dim())])
-    return whole
-
-
-@lru_cache(maxsize=64)
-def _old_indices(index_map: IndexMap, device: torch.device) -> Tensor:
-    return torch.tensor(list(index_map), device=device)
-
-
-@lru_cache(maxsize=64)
-def _copies(index_map: IndexMap, device: torch.device) -> Tensor:
-    """How many copies there are of what each new index is one of."""
-    old = _old_indices(index_map, device)
-    return torch.bincount(old, minlength=index_map.old_size)[old]
 
 
 def _largest_of(found: Tensor) -> float:

@@ -7,6 +7,7 @@ without remote code. The layers are those of `gdagrow.models.layers`.
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ class MotifModel(MotifPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         hidden: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
+        if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -243,21 +244,29 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         config: as read from `config.json`.
         bias: which of the seven projections (`q_proj` ... `down_proj`) have a bias; by default all or none, as
             `use_bias` of the config says. `from_pretrained` finds out by itself.
-        float32: the ends of the names of parameters that stay in float32 when the model is loaded in a lower
-            precision; likewise.
+        wide: parameters that are stored in a wider dtype than the embedding, and keep it in a narrower model: by the
+            part of their name that is the same in every layer; likewise.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _loss_function = staticmethod(causal_lm_loss)
 
-    def __init__(self, config: MotifConfig, bias: Collection[str] | None = None, float32: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: MotifConfig,
+        bias: Collection[str] | None = None,
+        wide: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ) -> None:
         super().__init__(config)
         if bias is None:
             bias = PROJECTIONS if config.gda.use_bias else ()
         self.model = MotifModel(config, bias)
         self.vocab_size = config.gda.vocab_size
         self.lm_head = Projection(config.gda.hidden_size, config.gda.vocab_size, bias=False)
-        self._keep_in_fp32_modules_strict = set(float32)
+        for name, parameter in self.named_parameters():
+            # Loading casts what is stored to the dtype that it finds here.
+            dtype = wide.get(_without_layer(name), parameter.dtype)
+            parameter.data = parameter.data.to(torch.promote_types(dtype, parameter.dtype))
         self.post_init()  # type: ignore[no-untyped-call]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -305,8 +314,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, but whole or not at all.
 
-        Of a local directory, what is stored decides: biases exist where they are stored, float32 tensors beside bf16
-        ones (such as lambdas) stay float32 in bf16, and `dtype="auto"`, the default, is the embedding's own.
+        Of a local directory, what is stored decides: biases exist where they are stored, `dtype="auto"`, the default,
+        is the embedding's own dtype, and what is stored wider (such as float32 lambdas beside bf16 matrices) stays so.
 
         Raises:
             CheckpointError: tensors are missing or unknown, all of them named.
@@ -314,14 +323,13 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         stored = _stored_dtypes(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         if stored:
             found = {name.split(".")[-2] for name in stored if name.endswith("_proj.bias")}
-            kwargs.setdefault("bias", sorted(found & PROJECTIONS))
-            main = stored.get("model.embed_tokens.weight", "F32")
-            if main in ("BF16", "F16"):
-                kept = {_without_layer(name) for name, dtype in stored.items() if dtype == "F32"}
-                kwargs.setdefault("float32", sorted(kept))
-            if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in ("auto", None) and main in _TORCH_DTYPES:
-                kwargs.pop("torch_dtype", None)
-                kwargs["dtype"] = _TORCH_DTYPES[main]
+            main = stored.get("model.embed_tokens.weight", torch.float32)
+            kwargs["bias"] = found & PROJECTIONS
+            kwargs["wide"] = {
+                _without_layer(name): dtype for name, dtype in stored.items() if dtype.itemsize > main.itemsize
+            }
+            if kwargs.get("dtype", kwargs.get("torch_dtype")) in ("auto", None):
+                kwargs["dtype"] = main
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -330,11 +338,11 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
 
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _stored_dtypes(name_or_path: Any, subfolder: str) -> dict[str, str]:
-    """The safetensors dtype code of every tensor of a local directory; empty for all else."""
+def _stored_dtypes(name_or_path: Any, subfolder: str) -> dict[str, torch.dtype]:
+    """The dtype of every floating-point tensor of a local directory; empty for all else."""
     if name_or_path is None:
         return {}
     directory = Path(name_or_path, subfolder)
@@ -342,11 +350,12 @@ def _stored_dtypes(name_or_path: Any, subfolder: str) -> dict[str, str]:
     files = {directory / "model.safetensors"}
     if not directory.joinpath("model.safetensors").is_file() and index.is_file():
         files = {directory / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    found: dict[str, str] = {}
+    found: dict[str, torch.dtype] = {}
     for path in files:
         if path.is_file():
             with safe_open(path, "pt") as file:
-                found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                codes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            found |= {name: _DTYPES[code] for name, code in codes.items() if code in _DTYPES}
     return found
 
 

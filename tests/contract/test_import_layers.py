@@ -26,7 +26,7 @@ INSIDE_FUNCTIONS = {"transformers", "tokenizers", "ruamel", "matplotlib"}
 # The modules made for one of these, which nothing imports that does without it.
 NAMED_FOR = {
     "matplotlib": {"report/panel.py", "report/charts.py", "report/head_maps.py"},
-    "transformers": {"models/hf.py", "models/hf_config.py"},
+    "transformers": {f"models/{name}.py" for name in ("hf", "hf_config", "hf_layers", "hf_model")},
 }
 
 

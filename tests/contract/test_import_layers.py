@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "gdagrow"
 ORDER = (
     "errors", "header", "axes", "coordinates", "heads", "growth", "split", "engine", "recipe", "archs", "rows",
     "formats", "lambda_init", "convert", "reading", "plan", "record", "units", "layout", "costs", "expand", "models",
-    "verify", "report", "train",
+    "export", "verify", "report", "train",
 )  # fmt: skip
 # Stricter than the order: these stand beside the growth of tensors and know nothing of it.
 ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats", "lambda_init"},

@@ -234,13 +234,12 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             CheckpointError: tensors are missing or unknown, all of them named.
         """
         stored = stored_dtypes(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-        if stored:
+        if stored and not model_args:
             found = {name.split(".")[-2] for name in stored if name.endswith("_proj.bias")}
             main = stored.get("model.embed_tokens.weight", torch.float32)
-            kwargs["bias"] = found & PROJECTIONS
-            kwargs["wide"] = {
-                without_layer(name): dtype for name, dtype in stored.items() if dtype.itemsize > main.itemsize
-            }
+            wide = {without_layer(name): dtype for name, dtype in stored.items() if dtype.itemsize > main.itemsize}
+            # By position, since the generation config takes every keyword for its own.
+            model_args = found & PROJECTIONS, wide
             if kwargs.get("dtype", kwargs.get("torch_dtype")) in ("auto", None):
                 kwargs["dtype"] = main
         loaded: Any = super().from_pretrained(

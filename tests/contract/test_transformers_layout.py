@@ -111,6 +111,16 @@ def test_null_keys_and_rope_parameters_are_kept(tmp_path: Path) -> None:
     assert other_settings(config | keys, saved) == ()
 
 
+def test_a_generation_config_is_left_alone(tmp_path: Path) -> None:
+    """transformers hands every keyword of `from_pretrained` to it, which then writes it."""
+    write_checkpoint(tmp_path / "source", companions=True, bias=True, lambda_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    model.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert written.keys() == {"do_sample", "transformers_version"}
+    assert written["do_sample"] is True
+
+
 def test_dtypes_that_are_asked_for(tmp_path: Path) -> None:
     """A wider dtype is everybody's; in a narrower one, what is stored wider than the embedding stays as it is."""
     write_checkpoint(tmp_path / "source", lambda_dtype=torch.float32)

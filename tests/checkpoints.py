@@ -19,7 +19,7 @@ COMPANIONS: Mapping[str, bytes] = {
     "assets/chat_template.jinja": b"{{ messages }}\n",
 }
 # What stands beside them after training and does not go with a grown model.
-TRAINING_STATE: Mapping[str, bytes] = {"optimizer.pt": b"moments", "trainer_state.json": b"{}\n"}
+TRAINING_STATE: Mapping[str, bytes] = {"optimizer.bin": b"moments", "trainer_state.json": b"{}\n"}
 # Keys that no table reads; they must come through a growth as they are.
 UNKNOWN_KEYS: Mapping[str, Any] = {
     "auto_map": {"AutoModelForCausalLM": "modeling_motif.MotifForCausalLM"},
@@ -91,7 +91,7 @@ def random_tensors(
     """Random weights for every row of the architecture's table, biases only if the config has `use_bias`."""
     motif, generator, tensors = Motif(), torch.Generator().manual_seed(seed), {}
     sizes = motif.sizes(config)
-    for parameter in motif.table(config):
+    for parameter in sorted(motif.table(config), key=lambda parameter: parameter.name):
         if parameter.optional and not config["use_bias"]:
             continue
         centre = 1.0 if "norm" in parameter.name or "subln" in parameter.name else 0.0

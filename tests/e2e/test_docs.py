@@ -28,7 +28,7 @@ def shown(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if shown(page)], ids=lambda page: page.name)
 def test_every_gdagrow_command_of_a_page_runs_in_order(page: Path, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "demo" / "source", vocab=256, groups=2, kv_groups=2)
+    write_checkpoint(tmp_path / "demo" / "source", vocab=256, groups=2, kv_groups=2, extra={})
     write_checkpoint(tmp_path / "Motif-2.6B", plain=True, ratio=1, groups=2, hidden=32, tied=True)
     if "gdagrow expand DiffLlama-0.3B" in page.read_text():
         save_diffllama(tmp_path / "DiffLlama-0.3B", TOPOLOGIES[0], dtype=torch.bfloat16)

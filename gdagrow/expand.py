@@ -18,10 +18,12 @@ from torch import Tensor
 
 from gdagrow.engine import grow_rows
 from gdagrow.errors import OutputError
+from gdagrow.formats.file_layout import FileLayout
+from gdagrow.formats.file_writer import FileWriter, tensor_bytes
 from gdagrow.formats.publish import Companions, check_free_space, copy_companions, list_companions, staged
 from gdagrow.formats.safetensors_header import INDEX_FILE
+from gdagrow.formats.safetensors_layout import index_json
 from gdagrow.formats.safetensors_reader import TensorReader
-from gdagrow.formats.safetensors_writer import ShardLayout, ShardWriter, index_json, tensor_bytes
 from gdagrow.growth import block_rows
 from gdagrow.header import ITEM_BYTES
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, layout_of, num_workers
@@ -91,7 +93,7 @@ def _require_apart(source: Path, target: Path) -> None:
 
 
 def _write_weights(
-    plan: GrowthPlan, layouts: tuple[ShardLayout, ...], directory: Path, progress: Progress | None
+    plan: GrowthPlan, layouts: tuple[FileLayout, ...], directory: Path, progress: Progress | None
 ) -> dict[str, FileDigest]:
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     recipe = plan.recipe
@@ -100,8 +102,8 @@ def _write_weights(
     with open_reader(plan.header) as reader, _Grower(reader, noise) as grower:
         for layout in layouts:
             path = directory / layout.file
-            with ShardWriter(path, layout) as writer:
-                for chunk in grower.chunks(tensors[entry.tensor.name] for entry in layout.entries):
+            with FileWriter(path, layout) as writer:
+                for chunk in grower.chunks(tensors[tensor.name] for tensor in layout.tensors):
                     writer.write(chunk)
                     if progress:
                         progress(len(chunk))

@@ -1,7 +1,7 @@
 """Find the numbers of a DCP chunk: where in its blob, a `torch.save` file of one tensor, the tensor's bytes lie.
 
 Such a file is a zip of stored (never compressed) records: `data.pkl` says the tensor's dtype, shape, strides and which
-record `data/0` holds its numbers. Source: torch's `serialization.py` and `_utils._rebuild_tensor_v2`.
+record `data/0` holds its numbers. Source: torch's `serialization.py` and `_rebuild_tensor_v2`, `_v3` in `_utils.py`.
 """
 
 import os
@@ -13,17 +13,20 @@ from math import prod
 from typing import Any, Final
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
+from gdagrow.formats.dcp_metadata import DTYPE_CODES
 from gdagrow.formats.pickle_tree import Made, Persistent, PickleRefusedError, parse
 from gdagrow.header import ITEM_BYTES
 
 _STORAGES: Final = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
+    "BoolStorage": "BOOL",
 }  # fmt: skip
+_UNTYPED: Final = "UntypedStorage"  # of the dtypes that came after these: the tensor says which
 _ADMITTED: Final = frozenset(
-    [("torch", name) for name in _STORAGES]
-    + [("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")]
+    [("torch", name) for name in (*_STORAGES, *DTYPE_CODES)]
+    + [("torch.storage", _UNTYPED), ("collections", "OrderedDict")]
+    + [("torch._utils", name) for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3")]
 )  # fmt: skip
 _MAX_PICKLE: Final = 2**16  # bytes of data.pkl; one tensor takes some 150
 _LOCAL_HEADER: Final = struct.Struct("<4s5H3I2H")
@@ -157,23 +160,24 @@ class _Tensor:
 @lru_cache(maxsize=1024)  # the chunks of equal parameters have equal pickles
 def _tensor(pickle: bytes) -> _Tensor:
     made = parse(pickle, _ADMITTED)
-    if type(made) is not Made or made.function.name != "_rebuild_tensor_v2" or len(made.args) not in (6, 7):
+    if type(made) is not Made or not made.function.name.startswith("_rebuild_tensor") or len(made.args) < 6:
         raise BlobError("it holds something else than one plain tensor")
     storage, offset, shape, strides = made.args[:4]
     if type(storage) is not Persistent or type(storage.id) is not tuple or len(storage.id) != 5:
         raise BlobError("its tensor has no storage")
-    kind, storage_type, record, _, num_elements = storage.id
-    dtype = _STORAGES.get(getattr(storage_type, "name", ""))
-    if kind != "storage" or dtype is None or type(record) is not str:
+    _, storage_type, record, _, size = storage.id
+    kind = getattr(storage_type, "name", "")
+    dtype = DTYPE_CODES.get(getattr(made.args[6:7] and made.args[6], "name", "")) if kind == _UNTYPED else _STORAGES.get(kind)
+    if dtype is None or type(record) is not str:
         raise BlobError("its tensor has no storage that is read")
-    if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset, num_elements))
-            and len(shape) == len(strides)):  # fmt: skip
+    if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset, size)) and len(shape) == len(strides)):
         raise BlobError("expected sizes and strides of whole numbers")
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if prod(shape) else 0
-    if offset + reach > num_elements:
-        raise BlobError("its tensor reaches beyond its storage")
     item = ITEM_BYTES[dtype]
-    return _Tensor(f"data/{record}", dtype, shape, strides, num_elements * item, offset * item, reach * item)
+    storage_bytes = size if kind == _UNTYPED else size * item
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if prod(shape) else 0
+    if (offset + reach) * item > storage_bytes:
+        raise BlobError("its tensor reaches beyond its storage")
+    return _Tensor(f"data/{record}", dtype, shape, strides, storage_bytes, offset * item, reach * item)
 
 
 def _are_sizes(value: Any) -> bool:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from tests.checkpoints import write_checkpoint
@@ -62,7 +63,7 @@ def write_source(directory: Path, dtype: torch.dtype) -> None:
 def test_grown_bytes(tmp_path: Path, growth: str, dtype: torch.dtype) -> None:
     write_source(tmp_path / "source", dtype)
     plan = make_plan(read_header(tmp_path / "source"), make_recipe(GROWTHS[growth]))
-    expand(plan, tmp_path / "grown", max_shard_bytes=10**9)
+    expand(plan, tmp_path / "grown", weights_output(plan, 10**9))
     got = hashlib.sha256((tmp_path / "grown" / "model.safetensors").read_bytes()).hexdigest()
     assert got == PINNED[growth, dtype], CHANGED.format(case=f"{growth!r} in {dtype}", got=got)
 

@@ -1,14 +1,17 @@
 """A torch distributed checkpoint as gdagrow sees a checkpoint: weights by the names of an architecture's table.
 
 `read_dcp` gives a `DcpHeader`, which `make_plan` takes as it takes any header: its tensors are the weights. The
-moments stand beside them by parameter and kind, and what else was saved is carried. `DcpWeights` reads the weights by
-name, `DcpReader` all of them by key:
+moments stand beside them by parameter and kind, and what else was saved is carried. `DcpTensors` reads any of them:
 
     header = read_dcp(directory)
-    with DcpReader(header.dcp) as reader:
-        weight = reader.rows(header.names.weights["model.norm.weight"], 0, 8)
+    with DcpTensors(header) as reader:
+        weight = reader.rows("model.norm.weight", 0, 8)
         moment = reader.tensor(header.moments["model.norm.weight", "exp_avg"].name)
+    with DcpReader(header.dcp) as reader:
         rates = {key: reader.blob(key) for key in header.dcp.blobs}
+
+What is written back has the keys `header.names.weight_key(name)` and `header.names.moment_key(name, kind)`, the paths
+of `header.path(...)`, and goes through `gdagrow.formats.dcp_layout.plan_dcp`.
 """
 
 from collections.abc import Mapping
@@ -21,7 +24,7 @@ import torch
 from gdagrow.archs import Architecture, architecture_of
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import DcpMetadata, StoredTensor, read_metadata
-from gdagrow.formats.dcp_names import DcpNames, name_keys
+from gdagrow.formats.dcp_names import DcpNames, name_keys, renamed_path
 from gdagrow.formats.dcp_reader import DcpReader
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.strict_json import parse_object
@@ -54,15 +57,28 @@ class DcpHeader(Header):
         """The files that hold values, sorted by name; `.metadata` is not one."""
         return tuple(sorted(self.dcp.files))
 
+    def path(self, key: str, like: str, name: str, parameter: str) -> tuple[str | int, ...]:
+        """The path in the nested state dict of a key that may be new.
 
-class DcpWeights:
-    """The weights of a DCP directory by parameter name, as `TensorReader` has those of safetensors files."""
+        Args:
+            key: It, of parameter `parameter`.
+            like: A key of the directory that is the same for parameter `name`.
+        """
+        stored = self.dcp.paths.get(like)
+        return (key,) if stored is None else renamed_path(stored, name, parameter)
+
+
+class DcpTensors:
+    """The tensors of a DCP directory, as `TensorReader` has those of safetensors files.
+
+    Weights go by parameter name, all others (moments, carried ones) by key, which is the name of their `TensorInfo`.
+    """
 
     def __init__(self, header: DcpHeader) -> None:
         self._keys = header.names.weights
         self._reader = DcpReader(header.dcp)
 
-    def __enter__(self) -> "DcpWeights":
+    def __enter__(self) -> "DcpTensors":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,12 +88,12 @@ class DcpWeights:
         self._reader.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return all of one weight, as `DcpReader.rows` does."""
-        return self._reader.tensor(self._keys[name])
+        """Return all of one tensor, as `DcpReader.rows` does."""
+        return self._reader.tensor(self._keys.get(name, name))
 
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows `[begin, end)` of a weight, as `DcpReader.rows` does."""
-        return self._reader.rows(self._keys[name], begin, end)
+        """Return rows `[begin, end)` of a tensor, as `DcpReader.rows` does."""
+        return self._reader.rows(self._keys.get(name, name), begin, end)
 
 
 def read_dcp(directory: Path, config: Path | None = None) -> DcpHeader:

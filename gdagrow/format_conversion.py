@@ -2,218 +2,204 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, Protocol
 
 from torch import Tensor
 
-from gdagrow.archs import architecture_of
-from gdagrow.dcp import CONFIG, DcpHeader, config_file, read_dcp, require_tied
+from gdagrow.archs import Architecture, architecture_of
+from gdagrow.dcp import CONFIG, DcpHeader, DcpTensors, config_file, read_dcp, require_tied
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.dcp_layout import plan_dcp
-from gdagrow.formats.dcp_metadata import METADATA_FILE, is_dcp
+from gdagrow.formats.dcp_metadata import METADATA_FILE
 from gdagrow.formats.dcp_reader import DcpReader
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
-from gdagrow.formats.publish import check_free_space, copy_companions, list_companions, staged
-from gdagrow.formats.safetensors_header import INDEX_FILE, SINGLE_FILE, read_header
+from gdagrow.formats.kind import Format, format_of
+from gdagrow.formats.links import require_inside
+from gdagrow.formats.publish import SkippedFile, check_free_space, copy_companions, list_companions, staged
+from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
 from gdagrow.formats.safetensors_reader import TensorReader
-from gdagrow.header import ITEM_BYTES, Header
+from gdagrow.header import Header
+from gdagrow.layout import CHUNK_BYTES
+from gdagrow.record import RECORD_FILE
 from gdagrow.rows import claim
 
-# The tree that a trainer saves with `{"model": model.state_dict()}`.
+# The tree that a trainer saves with `{"model": model.state_dict()}`, and loads into it.
 TREE: Final = "model"
-RECORD: Final = "growth.json"
-_CHUNK_BYTES: Final = 8 * 2**20
-_SPARE_BYTES: Final = 2**20  # for the index and the like
+_SPARE_BYTES: Final = 2**20  # for config, index and record
 
 Progress = Callable[[int], None]
 
 
-class Format(StrEnum):
-    """How weights are stored."""
-
-    dcp = "dcp"
-    safetensors = "safetensors"
-
-
 @dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """What a conversion will write.
 
-    files: Name to number of bytes of the files that hold weights.
-    num_bytes: Bytes of weights.
-    copied: Files that came along, by path.
-    left_behind: What of the source was not, with the reason.
-    """
-
-    target: Path
-    files: Mapping[str, int]
-    num_bytes: int
-    copied: tuple[str, ...]
-    left_behind: tuple[str, ...]
-
-
-class _Reader(Protocol):
-    def rows(self, key: str, begin: int, end: int, /) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint to convert: what to call its tensors, and where its config and companions are.
-
-    keys: Weight by parameter name to what the reader calls it.
+    header: The source.
+    layouts: The files of weights.
+    tensors: What stands in them, by name there: the weight's name in the source.
+    files: The content of small files, by name; they are written last.
+    config: The model's `config.json`, which is copied as it is.
+    companions: The directory whose other files come along.
+    left_behind: What of the source the format cannot hold, and why.
     """
 
     header: Header
-    keys: Mapping[str, str]
-    reader: AbstractContextManager[_Reader]
+    layouts: tuple[FileLayout, ...]
+    tensors: Mapping[str, str]
+    files: Mapping[str, bytes]
     config: Path
-    left_behind: tuple[str, ...] = ()
+    companions: Path
+    left_behind: tuple[SkippedFile, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights to write."""
+        return sum(layout.data_bytes for layout in self.layouts)
 
 
-def convert_format(
-    source: Path, target: Path, to: Format, *, config: Path | None = None, max_file_bytes: int,
-    progress: Progress | None = None,
-) -> Conversion:  # fmt: skip
-    """Write the weights of `source` in another format into `target`, which appears whole or not at all.
+@dataclass(frozen=True)
+class Converted:
+    """What was written: the directory, the files beside the weights, and what was left behind and why."""
+
+    target: Path
+    copied: tuple[str, ...]
+    left_behind: tuple[SkippedFile, ...]
+
+
+def plan_conversion(source: Path, to: Format, *, config: Path | None = None, max_file_bytes: int) -> Conversion:
+    """Plan a conversion; of weights, only a tied head that is stored twice is read.
 
     Args:
-        source: A directory of safetensors weights or a DCP directory.
-        target: The directory to make; it may exist if it is empty.
+        source: A directory of safetensors weights, or a DCP directory.
         to: The format to write.
         config: The `config.json` of a DCP directory that has none, or a directory that has it; from such a directory
             the companion files (tokenizer and so on) come too.
         max_file_bytes: The largest weight file, unless a single tensor is larger.
-        progress: Called with the number of bytes written since its last call.
 
     Raises:
         CheckpointError: the source cannot be read, has the format already, or is no model that gdagrow knows.
-        OutputError: the target exists, there is no room, or the disk refuses.
     """
-    found = _open(source, config, to)
-    place = Path(os.path.abspath(target))
-    _require_apart(source, place)
-    targets = [TargetTensor(name, found.header.tensors[name].dtype, found.header.tensors[name].shape)
-               for name in found.keys]  # fmt: skip
-    layouts, texts, keys = (_dcp if to == Format.dcp else _safetensors)(found, targets, max_file_bytes)
-    beside = found.config.parent if config is None or config.is_dir() else source
-    companions = list_companions(beside)
-    with staged(place) as partial, found.reader as reader:
-        num_bytes = sum((beside / name).stat().st_size for name in companions.copied)
-        check_free_space(place.parent, num_bytes + sum(layout.file_bytes for layout in layouts) + _SPARE_BYTES)
-        copy_companions(beside, partial)
-        records = [CONFIG] + [RECORD] * (beside / RECORD).is_file()
-        for path in (found.config, *(beside / name for name in records[1:])):
-            _copy(path, partial / (CONFIG if path == found.config else path.name))
-        for layout in layouts:
-            _write_tensors(reader, layout, keys, partial, progress)
-        for name, content in texts.items():
-            _write(partial / name, content)
-    skipped = tuple(f"{skip.path}: {skip.reason}" for skip in companions.skipped if skip.path not in (CONFIG, RECORD)
-                    and skip.path not in found.header.shards and skip.path not in (INDEX_FILE, METADATA_FILE))  # fmt: skip
-    return Conversion(
-        target, {layout.file: layout.file_bytes for layout in layouts}, sum(layout.data_bytes for layout in layouts),
-        tuple(sorted((*companions.copied, *records))), found.left_behind + skipped,
-    )  # fmt: skip
+    if format_of(source) == to:
+        raise CheckpointError(f"{source} stores its weights as {to} already; there is nothing to convert")
+    if to == Format.safetensors:
+        return _to_safetensors(source, config, max_file_bytes)
+    if config is not None:
+        raise CheckpointError(
+            f"--config is for distributed checkpoints; {source} has a {CONFIG} of its own, leave it out"
+        )
+    return _to_dcp(source, max_file_bytes)
 
 
-def format_of(directory: Path) -> Format:
-    """How a checkpoint stores its weights; what is neither is for the reader of safetensors to refuse.
+def convert_format(conversion: Conversion, target: Path, *, progress: Progress | None = None) -> Converted:
+    """Carry out a conversion into `target`, which appears whole or not at all.
+
+    Args:
+        conversion: What to write.
+        target: The directory to make; it may exist if it is empty.
+        progress: Called with the number of bytes written since its last call.
 
     Raises:
-        CheckpointError: it has weights in both formats.
+        CheckpointError: the source changes meanwhile.
+        OutputError: the target exists, there is no room, or the disk refuses.
     """
-    if not is_dcp(directory):
-        return Format.safetensors
-    if others := [name for name in (SINGLE_FILE, INDEX_FILE) if os.path.lexists(directory / name)]:
-        raise CheckpointError(
-            f"{directory} has both {METADATA_FILE} and {others[0]}, so it is ambiguous which holds the model; "
-            "remove the one that is stale"
-        )
-    return Format.dcp
+    source, beside, place = conversion.header.directory, conversion.companions, Path(os.path.abspath(target))
+    for directory in (source, beside):
+        if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(directory)):
+            raise OutputError(f"{target} lies in the source {directory}, which is never changed; choose another output")
+    companions = list_companions(beside)
+    record = require_inside(beside, beside / RECORD_FILE)
+    with staged(place) as partial, _open(conversion.header) as reader:
+        num_bytes = sum((beside / name).stat().st_size for name in companions.copied)
+        num_bytes += sum(layout.file_bytes for layout in conversion.layouts)
+        check_free_space(place.parent, num_bytes + _SPARE_BYTES)
+        copy_companions(beside, partial)
+        _copy(conversion.config, partial / CONFIG)
+        if record.is_file():
+            _copy(record, partial / RECORD_FILE)
+        for layout in conversion.layouts:
+            _write_tensors(reader, layout, conversion.tensors, partial, progress)
+        for name, content in conversion.files.items():
+            _write(partial / name, content)
+    own = {CONFIG, RECORD_FILE, INDEX_FILE, METADATA_FILE, *conversion.header.shards}
+    # Nothing is grown here: of the reason, only what the file is.
+    skipped = tuple(SkippedFile(skip.path, skip.reason.partition(",")[0])
+                    for skip in companions.skipped if skip.path not in own)  # fmt: skip
+    return Converted(target, companions.copied, conversion.left_behind + skipped)
 
 
-def _open(source: Path, config: Path | None, to: Format) -> _Source:
-    stored = format_of(source)
-    if stored == to:
-        raise CheckpointError(f"{source} stores its weights as {to} already; there is nothing to convert")
-    if stored == Format.dcp:
-        header = read_dcp(source, config)
-        names = _claimed(header)
-        reader = DcpReader(header.dcp)
+def _to_safetensors(source: Path, config: Path | None, max_file_bytes: int) -> Conversion:
+    header = read_dcp(source, config)
+    names = _claimed(header, architecture_of(header.config))
+    with DcpReader(header.dcp) as reader:
         require_tied(header, reader)
-        keys = {name: header.names.weights[name] for name in names}
-        return _Source(header, keys, reader, config_file(source, config), _left_in(header))
-    if config is not None:
-        raise CheckpointError(f"--config is for distributed checkpoints without one; {source} has its own, leave it out")
-    stored_header = read_header(source)
-    return _Source(stored_header, {name: name for name in _claimed(stored_header)}, TensorReader(stored_header),
-                   source / CONFIG)  # fmt: skip
+    layouts = plan_shards([_target(header, name, name) for name in names], max_file_bytes)
+    files = {INDEX_FILE: index_json(layouts)} if len(layouts) > 1 else {}
+    beside = config if config is not None and config.is_dir() else source
+    return Conversion(header, layouts, {name: name for name in names}, files, config_file(source, config), beside,
+                      tuple(_left_in(header)))  # fmt: skip
 
 
-def _claimed(header: Header) -> list[str]:
+def _to_dcp(source: Path, max_file_bytes: int) -> Conversion:
+    header = read_header(source)
     architecture = architecture_of(header.config)
+    weights = {name: name for name in _claimed(header, architecture)}
+    if architecture.is_tied(header.config):
+        # The state dict of a tied model in transformers has both names, and DCP loads what a state dict asks for.
+        weights[architecture.head] = architecture.embedding
+    targets = [_target(header, stored, f"{TREE}.{name}") for name, stored in weights.items()]
+    paths = {f"{TREE}.{name}": (TREE, name) for name in weights}
+    layout = plan_dcp(targets, {}, paths, max_file_bytes)
+    tensors = {f"{TREE}.{name}": stored for name, stored in weights.items()}
+    return Conversion(header, layout.files, tensors, {METADATA_FILE: layout.metadata}, source / CONFIG, source, ())
+
+
+def _claimed(header: Header, architecture: Architecture) -> list[str]:
     return list(claim(header, architecture, architecture.sizes(header.config)))
 
 
-def _left_in(header: DcpHeader) -> tuple[str, ...]:
-    """What of a DCP directory safetensors cannot say, in short."""
-    kinds: dict[str, int] = {}
-    for _, kind in header.moments:
-        kinds[kind] = kinds.get(kind, 0) + 1
-    left = [f"{count} tensors {kind}: optimizer state" for kind, count in kinds.items()]
-    others = [*header.names.carried, *header.dcp.blobs]
-    if others:
-        left.append(f"{len(others)} values beside the weights, such as {others[0]}: training state")
-    return tuple(left)
+def _target(header: Header, stored: str, name: str) -> TargetTensor:
+    info = header.tensors[stored]
+    return TargetTensor(name, info.dtype, info.shape)
 
 
-_Layouts = tuple[Sequence[FileLayout], Mapping[str, bytes], Mapping[str, str]]
+def _left_in(header: DcpHeader) -> list[SkippedFile]:
+    """What of a DCP directory safetensors cannot hold, in short."""
+    kinds: dict[str, list[str]] = {}
+    for (_, kind), info in header.moments.items():
+        kinds.setdefault(kind, []).append(info.name)
+    left = [SkippedFile(f"{keys[0]} and {len(keys) - 1} more", "optimizer state") for keys in kinds.values()]
+    if others := [*header.names.carried, *header.dcp.blobs]:
+        left.append(SkippedFile(f"{others[0]} and {len(others) - 1} more", "training state, no weights"))
+    return left
 
 
-def _safetensors(source: _Source, targets: Sequence[TargetTensor], max_file_bytes: int) -> _Layouts:
-    layouts = plan_shards(targets, max_file_bytes, source.header.metadata)
-    return layouts, {INDEX_FILE: index_json(layouts)} if len(layouts) > 1 else {}, source.keys
+class _Rows(Protocol):
+    def rows(self, name: str, begin: int, end: int) -> Tensor: ...
 
 
-def _dcp(source: _Source, targets: Sequence[TargetTensor], max_file_bytes: int) -> _Layouts:
-    """Weights under `model.`; a tied head also under its own name, since a state dict of transformers has both."""
-    named = {target.name: target for target in targets}
-    keys = dict(source.keys)
-    architecture = architecture_of(source.header.config)
-    if architecture.is_tied(source.header.config):
-        embedding = named[architecture.embedding]
-        named[architecture.head] = embedding
-        keys[architecture.head] = keys[architecture.embedding]
-    tensors = [TargetTensor(f"{TREE}.{name}", target.dtype, target.shape) for name, target in named.items()]
-    layout = plan_dcp(tensors, {}, {f"{TREE}.{name}": (TREE, name) for name in named}, max_file_bytes)
-    return layout.files, {METADATA_FILE: layout.metadata}, {f"{TREE}.{name}": key for name, key in keys.items()}
+def _open(header: Header) -> AbstractContextManager[_Rows]:
+    return DcpTensors(header) if isinstance(header, DcpHeader) else TensorReader(header)
 
 
 def _write_tensors(
-    reader: _Reader, layout: FileLayout, keys: Mapping[str, str], directory: Path, progress: Progress | None
+    reader: _Rows, layout: FileLayout, names: Mapping[str, str], directory: Path, progress: Progress | None
 ) -> None:
     with FileWriter(directory / layout.file, layout) as writer:
         for tensor in layout.tensors:
             num_rows = tensor.shape[0] if tensor.shape else 1
-            step = max(1, _CHUNK_BYTES * num_rows // max(1, tensor.num_bytes))
+            step = max(1, CHUNK_BYTES * num_rows // max(1, tensor.num_bytes))
             for begin in range(0, num_rows, step):
-                rows = tensor_bytes(reader.rows(keys[tensor.name], begin, min(begin + step, num_rows)))
+                rows = tensor_bytes(reader.rows(names[tensor.name], begin, min(begin + step, num_rows)))
                 writer.write(rows)
                 if progress:
                     progress(len(rows))
         writer.close()
-
-
-def _require_apart(source: Path, target: Path) -> None:
-    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
-        raise OutputError(f"{target} lies in the source {source}, which is never changed; choose another output")
 
 
 def _copy(source: Path, target: Path) -> None:

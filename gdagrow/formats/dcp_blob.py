@@ -167,7 +167,11 @@ def _tensor(pickle: bytes) -> _Tensor:
         raise BlobError("its tensor has no storage")
     _, storage_type, record, _, size = storage.id
     kind = getattr(storage_type, "name", "")
-    dtype = DTYPE_CODES.get(getattr(made.args[6:7] and made.args[6], "name", "")) if kind == _UNTYPED else _STORAGES.get(kind)
+    dtype = (
+        DTYPE_CODES.get(getattr(made.args[6:7] and made.args[6], "name", ""))
+        if kind == _UNTYPED
+        else _STORAGES.get(kind)
+    )
     if dtype is None or type(record) is not str:
         raise BlobError("its tensor has no storage that is read")
     if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset, size)) and len(shape) == len(strides)):

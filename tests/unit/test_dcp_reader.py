@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from gdagrow.dcp import DcpWeights, read_dcp, require_tied
+from gdagrow.dcp import DcpTensors, read_dcp, require_tied
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import read_metadata
 from gdagrow.formats.dcp_reader import DcpReader
@@ -60,7 +60,7 @@ def test_a_sharded_training_state_is_a_header_with_moments(saved: Path) -> None:
     assert header.shards == ("__0_0.distcp", "__1_0.distcp", "__2_0.distcp")
     assert "optim.param_groups.0.lr" in header.dcp.blobs
     assert header.names.moment_key("lm_head.weight", "exp_avg") == "optim.state.lm_head.weight.exp_avg"
-    with DcpWeights(header) as weights, ThreadPoolExecutor(4) as threads:
+    with DcpTensors(header) as weights, ThreadPoolExecutor(4) as threads:
         read = dict(zip(header.tensors, threads.map(weights.tensor, header.tensors), strict=True))
     assert read.keys() == {name.removeprefix("model.") for name in expected if name.startswith("model.")}
     assert all(torch.equal(tensor, expected[f"model.{name}"]) for name, tensor in read.items())

@@ -123,12 +123,10 @@ class _GrowingFile:
 @lru_cache(maxsize=256)  # a model has few shapes
 def _around(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
     """The bytes that `torch.save` writes before and after the numbers of a tensor."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.serialization import skip_data
-
     with TemporaryFile() as file:
-        # A fake tensor has no numbers: torch leaves a hole in the file, whatever the size.
-        with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        # Torch leaves a hole in the file, and never touches the memory of the tensor. (A fake tensor would do, and take
+        # the import of torch's compiler.)
+        with torch.serialization.skip_data():
             torch.save(torch.empty(shape, dtype=_torch_dtype(dtype)), file)
         length = file.seek(0, 2)
         found = locate(file.fileno(), 0, length)

@@ -1,6 +1,7 @@
 """Put a checkpoint's weights into another format, as a stream and bit for bit: safetensors and DCP, both ways."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -29,8 +30,8 @@ from gdagrow.layout import CHUNK_BYTES
 from gdagrow.record import RECORD_FILE
 from gdagrow.rows import claim
 
-# The tree that a trainer saves with `{"model": model.state_dict()}`, and loads into it.
-TREE: Final = "model"
+# What a trainer saves with `{"model": model.state_dict()}`, and loads into it.
+DEFAULT_PREFIX: Final = "model."
 _SPARE_BYTES: Final = 2**20  # for config, index and record
 
 Progress = Callable[[int], None]
@@ -72,7 +73,9 @@ class Converted:
     left_behind: tuple[SkippedFile, ...]
 
 
-def plan_conversion(source: Path, to: Format, *, config: Path | None = None, max_file_bytes: int) -> Conversion:
+def plan_conversion(
+    source: Path, to: Format, *, config: Path | None = None, prefix: str | None = None, max_file_bytes: int
+) -> Conversion:
     """Plan a conversion; of weights, only a tied head that is stored twice is read.
 
     Args:
@@ -80,20 +83,28 @@ def plan_conversion(source: Path, to: Format, *, config: Path | None = None, max
         to: The format to write.
         config: The `config.json` of a DCP directory that has none, or a directory that has it; from such a directory
             the companion files (tokenizer and so on) come too.
+        prefix: What stands before a weight's name in its key in DCP: the path of its state dict in the one that a
+            trainer loads, each name followed by a dot; `model.` if None.
         max_file_bytes: The largest weight file, unless a single tensor is larger.
 
     Raises:
         CheckpointError: the source cannot be read, has the format already, or is no model that gdagrow knows.
+        OutputError: the prefix is none, or the format has none.
     """
     if format_of(source) == to:
         raise CheckpointError(f"{source} stores its weights as {to} already; there is nothing to convert")
     if to == Format.safetensors:
+        if prefix is not None:
+            raise OutputError("--prefix is of keys in dcp, and safetensors has the parameters' own names; leave it out")
         return _to_safetensors(source, config, max_file_bytes)
     if config is not None:
         raise CheckpointError(
             f"--config is for distributed checkpoints; {source} has a {CONFIG} of its own, leave it out"
         )
-    return _to_dcp(source, max_file_bytes)
+    prefix = DEFAULT_PREFIX if prefix is None else prefix
+    if not re.fullmatch(r"([^.\s]+\.)*", prefix) or not prefix.isprintable():
+        raise OutputError(f"--prefix: expected names with a dot behind each, such as model., or '', got {prefix!r}")
+    return _to_dcp(source, prefix, max_file_bytes)
 
 
 def convert_format(conversion: Conversion, target: Path, *, progress: Progress | None = None) -> Converted:
@@ -145,17 +156,21 @@ def _to_safetensors(source: Path, config: Path | None, max_file_bytes: int) -> C
                       tuple(_left_in(header)))  # fmt: skip
 
 
-def _to_dcp(source: Path, max_file_bytes: int) -> Conversion:
+def _to_dcp(source: Path, prefix: str, max_file_bytes: int) -> Conversion:
     header = read_header(source)
     architecture = architecture_of(header.config)
     weights = {name: name for name in _claimed(header, architecture)}
     if architecture.is_tied(header.config):
         # The state dict of a tied model in transformers has both names, and DCP loads what a state dict asks for.
         weights[architecture.head] = architecture.embedding
-    targets = [_target(header, stored, f"{TREE}.{name}") for name, stored in weights.items()]
-    paths = {f"{TREE}.{name}": (TREE, name) for name in weights}
-    layout = plan_dcp(targets, {}, paths, max_file_bytes)
-    tensors = {f"{TREE}.{name}": stored for name, stored in weights.items()}
+    tree = prefix.split(".")[:-1]
+    layout = plan_dcp(
+        [_target(header, stored, prefix + name) for name, stored in weights.items()],
+        {},
+        {prefix + name: (*tree, name) for name in weights},
+        max_file_bytes,
+    )
+    tensors = {prefix + name: stored for name, stored in weights.items()}
     return Conversion(header, layout.files, tensors, {METADATA_FILE: layout.metadata}, source / CONFIG, source, ())
 
 

@@ -104,6 +104,13 @@ def convert(
             "was trained from.",
         ),
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What stands before a weight's name in its key in dcp: model. if left out; '' for nothing.",
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="The largest weight file, such as 5GB or 512MiB.")
     ] = DEFAULT_MAX_SHARD_SIZE,
@@ -115,7 +122,7 @@ def convert(
     """Copy a model's weights between safetensors and a torch distributed checkpoint (DCP), bit for bit."""
     from gdagrow_cli.convert_view import run_convert
 
-    run_convert(source, out, to, config, parse_size(max_shard_size), as_json=as_json, quiet=quiet)
+    run_convert(source, out, to, config, prefix, parse_size(max_shard_size), as_json=as_json, quiet=quiet)
 
 
 @app.command()

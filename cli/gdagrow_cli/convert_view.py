@@ -19,14 +19,15 @@ from gdagrow_cli.stopping import Stopped
 
 
 def run_convert(
-    source: Path, target: Path, to: Format, config: Path | None, max_file_bytes: int, *, as_json: bool, quiet: bool
-) -> None:
+    source: Path, target: Path, to: Format, config: Path | None, prefix: str | None, max_file_bytes: int, *,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Write a checkpoint's weights in another format and say what was written.
 
     Raises:
         GdagrowError: the source cannot be read or has the format already, or the output cannot be written.
     """
-    conversion = plan_conversion(source, to, config=config, max_file_bytes=max_file_bytes)
+    conversion = plan_conversion(source, to, config=config, prefix=prefix, max_file_bytes=max_file_bytes)
     start = time.monotonic()
     with byte_progress("converting", conversion.num_bytes, shown=not as_json and not quiet) as advance:
         try:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import DiffLlamaForCausalLM
 
 from gdagrow.models.gda import load_model
@@ -69,6 +70,28 @@ def test_torch_loads_it_into_what_a_model_saves(tmp_path: Path, capsys: pytest.C
             parameter.zero_()
     dcp.load({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert equal(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "app.model."])
+def test_the_prefix_is_the_place_in_the_state_dict(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "source")
+    convert(capsys, tmp_path / "source", tmp_path / "dcp", "--to", "dcp", "--prefix", prefix)
+    expected = weights_of(tmp_path / "source")
+    found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    state: dict[str, object] = dict(found)
+    for name in reversed(prefix.split(".")[:-1]):
+        state = {name: state}
+    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert equal(found, expected)
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    for name in prefix.split(".")[:-1]:
+        whole = whole[name]
+    assert equal(whole, expected)
+    convert(capsys, tmp_path / "dcp", tmp_path / "back", "--to", "safetensors")
+    assert equal(weights_of(tmp_path / "back"), expected)
 
 
 def test_a_tied_model_of_transformers_loads_it_under_both_names(
@@ -129,6 +152,10 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     refused(capsys, tmp_path, "has a config.json of its own", plain, out, "--to", "dcp", "--config", shards)
     refused(capsys, tmp_path, "nowhere is neither", shards, out, *back, "--config", tmp_path / "nowhere")
     refused(capsys, tmp_path, "lies in the source", shards, plain / "out", *back, "--config", plain)
+    refused(
+        capsys, tmp_path, "--prefix: expected names with a dot behind each", plain, out, "--to", "dcp", "--prefix", "a"
+    )
+    refused(capsys, tmp_path, "--prefix is of keys in dcp", shards, out, *back, "--prefix", "a.")
     shutil.copy(plain / "model.safetensors", shards)
     refused(capsys, tmp_path, "has both .metadata and model.safetensors", shards, out, *back)
     (shards / "model.safetensors").unlink()

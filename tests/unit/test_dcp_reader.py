@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +9,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from gdagrow.dcp import DcpTensors, read_dcp, require_tied
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import read_metadata
 from gdagrow.formats.dcp_reader import DcpReader
+from gdagrow.models.gda import load_model
 from gdagrow.plan import make_plan
 from gdagrow.recipe import Recipe
 from tests.checkpoints import write_checkpoint
@@ -198,3 +201,32 @@ def test_the_config_may_lie_elsewhere_and_must_lie_somewhere(tmp_path: Path) -> 
         read_dcp(tmp_path / "dcp", tmp_path)
     header = read_dcp(tmp_path / "dcp", tmp_path / "motif.json")
     assert header.config == json.loads((tmp_path / "motif.json").read_text())
+
+
+def test_a_tree_as_torchtitan_saves_it(tmp_path: Path) -> None:
+    """Weights at the top, an optimizer's state flattened by name, and what else its trainer keeps."""
+    write_checkpoint(tmp_path / "dcp", layers=1)
+    model = load_model(tmp_path / "dcp", dtype=torch.float32)
+    (tmp_path / "dcp" / "model.safetensors").unlink()
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.arange(20).reshape(2, 10)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = {
+        **get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        "lr_scheduler": {"last_epoch": 3}, "dataloader": {"dp_rank_0": b"position"},
+        "train_state": {"step": torch.tensor(3, dtype=torch.int32), "log_steps": io.BytesIO(b"steps")},
+    }  # fmt: skip
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    header = read_dcp(tmp_path / "dcp")
+    weights = dict(model.named_parameters())
+    assert (header.names.prefix, header.names.carried) == ("", ("train_state.step",))
+    assert header.names.moment_prefixes == dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "optimizer.state.")
+    assert "optimizer.param_groups.model.norm.weight.lr" in header.dcp.blobs
+    with DcpTensors(header) as reader:
+        for name, weight in weights.items():
+            assert torch.equal(reader.tensor(name), weight)
+            moment = reader.tensor(header.moments[name, "exp_avg_sq"].name)
+            assert torch.equal(moment, optimizer.state[weight]["exp_avg_sq"])
+        assert reader.tensor("train_state.step") == 3

@@ -1,17 +1,7 @@
 """A torch distributed checkpoint as gdagrow sees a checkpoint: weights by the names of an architecture's table.
 
 `read_dcp` gives a `DcpHeader`, which `make_plan` takes as it takes any header: its tensors are the weights. The
-moments stand beside them by parameter and kind, and what else was saved is carried. `DcpTensors` reads any of them:
-
-    header = read_dcp(directory)
-    with DcpTensors(header) as reader:
-        weight = reader.rows("model.norm.weight", 0, 8)
-        moment = reader.tensor(header.moments["model.norm.weight", "exp_avg"].name)
-    with DcpReader(header.dcp) as reader:
-        rates = {key: reader.blob(key) for key in header.dcp.blobs}
-
-What is written back has the keys `header.names.weight_key(name)` and `header.names.moment_key(name, kind)`, the paths
-of `header.path(...)`, and goes through `gdagrow.formats.dcp_layout.plan_dcp`.
+moments stand beside them by parameter and kind, and what else was saved is carried. `gdagrow.dcp_tensors` reads them.
 """
 
 from collections.abc import Mapping
@@ -19,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from gdagrow.archs import Architecture, architecture_of
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import DcpMetadata, StoredTensor, read_metadata
 from gdagrow.formats.dcp_names import DcpNames, name_keys, renamed_path
-from gdagrow.formats.dcp_reader import DcpReader
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.strict_json import parse_object
 from gdagrow.header import Header, TensorInfo
@@ -68,34 +55,6 @@ class DcpHeader(Header):
         return (key,) if stored is None else renamed_path(stored, name, parameter)
 
 
-class DcpTensors:
-    """The tensors of a DCP directory, as `TensorReader` has those of safetensors files.
-
-    Weights go by parameter name, all others (moments, carried ones) by key, which is the name of their `TensorInfo`.
-    """
-
-    def __init__(self, header: DcpHeader) -> None:
-        self._keys = header.names.weights
-        self._reader = DcpReader(header.dcp)
-
-    def __enter__(self) -> "DcpTensors":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return all of one tensor, as `DcpReader.rows` does."""
-        return self._reader.tensor(self._keys.get(name, name))
-
-    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows `[begin, end)` of a tensor, as `DcpReader.rows` does."""
-        return self._reader.rows(self._keys.get(name, name), begin, end)
-
-
 def read_dcp(directory: Path, config: Path | None = None) -> DcpHeader:
     """Read a DCP directory's metadata and its model's config; no value is read.
 
@@ -119,28 +78,6 @@ def read_dcp(directory: Path, config: Path | None = None) -> DcpHeader:
         del tensors[architecture.head]
     moments = {place: _info(stored.tensors[key], key) for place, key in names.moments.items()}
     return DcpHeader(directory, values, tensors, {}, dcp=stored, names=names, moments=moments, tied_head=head)
-
-
-def require_tied(header: DcpHeader, reader: DcpReader, chunk_bytes: int = 8 * 2**20) -> None:
-    """Check that a tied head that was saved beside the embedding is equal to it; reads both, a few rows at a time.
-
-    Raises:
-        CheckpointError: they differ, so that one of them would be lost.
-    """
-    if header.tied_head is None:
-        return
-    embedding = header.names.weights[architecture_of(header.config).embedding]
-    stored = header.dcp.tensors[embedding]
-    step = max(1, chunk_bytes * stored.shape[0] // stored.num_bytes)
-    for begin in range(0, stored.shape[0], step):
-        end = min(begin + step, stored.shape[0])
-        ours, theirs = (reader.rows(key, begin, end).view(torch.uint8) for key in (embedding, header.tied_head))
-        if not torch.equal(ours, theirs):
-            raise CheckpointError(
-                f"{header.directory}: config.json ties the head to the embedding, but {header.tied_head!r} and "
-                f"{embedding!r} differ in rows {begin} to {end - 1}; set tie_word_embeddings to false if the model was "
-                "trained untied"
-            )
 
 
 def read_config(directory: Path, config: Path | None) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from gdagrow.archs import Architecture, architecture_of
-from gdagrow.dcp import CONFIG, DcpHeader, DcpTensors, config_file, read_dcp, require_tied
+from gdagrow.dcp import CONFIG, DcpHeader, config_file, read_dcp
+from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.dcp_layout import plan_dcp
 from gdagrow.formats.dcp_metadata import METADATA_FILE
-from gdagrow.formats.dcp_reader import DcpReader
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
 from gdagrow.formats.kind import Format, format_of
@@ -147,7 +147,7 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
 def _to_safetensors(source: Path, config: Path | None, max_file_bytes: int) -> Conversion:
     header = read_dcp(source, config)
     names = _claimed(header, architecture_of(header.config))
-    with DcpReader(header.dcp) as reader:
+    with DcpTensors(header) as reader:
         require_tied(header, reader)
     layouts = plan_shards([_target(header, name, name) for name in names], max_file_bytes)
     files = {INDEX_FILE: index_json(layouts)} if len(layouts) > 1 else {}

@@ -82,6 +82,35 @@ def test_a_chunk_with_code_is_refused_and_not_run(stored: Path, tmp_path: Path) 
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        (b"K\x04K\x03\x86", b"K\x05K\x03\x86", "its tensor reaches beyond its storage"),
+        (b"K\x03K\x01\x86", b"K\x04K\x01\x86", "its tensor reaches beyond its storage"),
+        (b"K\x0ct", b"K\x0dt", "expected 52 bytes of numbers, got 48"),
+        (b"FloatStorage", b"HalfStorage", "expected 24 bytes of numbers, got 48"),
+        (b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001", "its numbers are missing"),
+        (b"_rebuild_tensor_v2", b"_rebuild_parameter", "'torch._utils._rebuild_parameter', which no such file needs"),
+    ],
+)
+def test_a_chunk_that_makes_no_sense(stored: Path, old: bytes, new: bytes, complaint: str) -> None:
+    info = w_info(pickle.loads((stored / ".metadata").read_bytes()))
+    blob = (stored / "__0_0.distcp").read_bytes()[info.offset : info.offset + info.length]
+    content = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(blob)) as before, zipfile.ZipFile(content, "w") as after:
+        for record in before.infolist():
+            after.writestr(record.filename, before.read(record).replace(old, new))
+
+    def point(metadata: Metadata) -> None:
+        w_info(metadata).offset, w_info(metadata).length = 0, len(content.getvalue())
+        metadata.state_dict_metadata.pop("n")
+        metadata.storage_data.pop(MetadataIndex("n"))
+
+    (stored / "__0_0.distcp").write_bytes(content.getvalue())
+    change(stored, point)
+    assert complaint in refusal(stored)
+
+
 def w_info(metadata: Metadata) -> _StorageInfo:
     info: _StorageInfo = metadata.storage_data[MetadataIndex("w", (0, 0))]
     return info

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-from gdagrow.dcp import DcpTensors, read_dcp, require_tied
+from gdagrow.dcp import read_dcp
+from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import read_metadata
 from gdagrow.formats.dcp_reader import DcpReader
@@ -71,7 +72,7 @@ def test_a_sharded_training_state_is_a_header_with_moments(saved: Path) -> None:
 
 def test_values_that_are_no_tensors_are_carried_as_they_are_stored(saved: Path) -> None:
     header = read_dcp(saved / "three", saved / "source")
-    with DcpReader(header.dcp) as reader:
+    with DcpTensors(header) as reader:
         path = saved / "rate.pt"
         path.write_bytes(reader.blob("optim.param_groups.0.lr"))
     assert torch.load(path, weights_only=True) == 1e-2
@@ -152,7 +153,7 @@ def test_a_tied_head_that_was_saved_twice_is_one_weight(tmp_path: Path) -> None:
         assert header.tied_head == "model.lm_head.weight"
         assert "lm_head.weight" not in header.tensors
         assert make_plan(header, Recipe(signal=2)).tied_after
-        with DcpReader(header.dcp) as reader:
+        with DcpTensors(header) as reader:
             if not refused:
                 require_tied(header, reader, chunk_bytes=100)
                 continue

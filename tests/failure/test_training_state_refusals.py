@@ -8,29 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from gdagrow.models.gda import load_model
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_training_state
 from tests.command import call
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    write_state(tmp_path / "run")
+    write_training_state(tmp_path / "run")
     return tmp_path / "run"
-
-
-def write_state(directory: Path, **topology: Any) -> None:
-    write_checkpoint(directory, **{"dtype": torch.float32, **topology})
-    model = load_model(directory)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    schedule.step()
-    torch.save(optimizer.state_dict(), directory / "optimizer.pt")
-    torch.save(schedule.state_dict(), directory / "scheduler.pt")
-    (directory / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 10, "log_history": []}')
 
 
 def change(directory: Path, edit: Callable[[Any], None], file: str = "optimizer.pt") -> None:
@@ -40,12 +25,12 @@ def change(directory: Path, edit: Callable[[Any], None], file: str = "optimizer.
 
 
 def other_model(source: Path) -> None:
-    write_state(source.parent / "other", layers=3)
+    write_training_state(source.parent / "other", layers=3)
     os.replace(source.parent / "other/optimizer.pt", source / "optimizer.pt")
 
 
 def other_width(source: Path) -> None:
-    write_state(source.parent / "other", hidden=48)
+    write_training_state(source.parent / "other", hidden=48)
     os.replace(source.parent / "other/optimizer.pt", source / "optimizer.pt")
 
 

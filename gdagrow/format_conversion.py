@@ -16,7 +16,7 @@ from gdagrow.formats.dcp_layout import plan_dcp
 from gdagrow.formats.dcp_metadata import METADATA_FILE
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
-from gdagrow.formats.kind import Format, format_of
+from gdagrow.formats.kind import Format, format_of, place_of_weights
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.publish import SkippedFile, check_free_space, copy_companions, list_companions, staged
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
@@ -142,7 +142,7 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
 
 
 def _to_safetensors(source: Path, config: Path | None, max_file_bytes: int) -> Conversion:
-    header = read_dcp(source, config)
+    header = read_dcp(source, config, place_of_weights(source))
     names = _claimed(header, architecture_of(header.config))
     with DcpTensors(header) as reader:
         require_tied(header, reader)

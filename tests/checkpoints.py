@@ -1,11 +1,13 @@
 """Small random checkpoints in Motif's layout, written to a directory as a trainer would leave them."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from gdagrow.archs.motif import Motif
@@ -99,6 +101,21 @@ def write_training_state(directory: Path, **topology: Any) -> None:
     torch.save(optimizer.state_dict(), directory / "optimizer.pt")
     torch.save(schedule.state_dict(), directory / "scheduler.pt")
     (directory / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 10, "log_history": []}')
+
+
+def write_distributed_state(source: Path, directory: Path) -> None:
+    """Write a checkpoint's weights and zero moments of AdamW as one process saves them with torch, without a config."""
+    weights = load_model(source).state_dict()
+    kept = {
+        name: {"step": torch.tensor(1.0)} | {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+        for name, weight in weights.items()
+    }
+    groups = [{"lr": 1e-3, "betas": (0.9, 0.95), "params": list(weights)}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
+        dcp.save(
+            {"model": weights, "optim": {"state": kept, "param_groups": groups}}, checkpoint_id=directory, no_dist=True
+        )
 
 
 def random_tensors(

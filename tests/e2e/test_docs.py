@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import write_checkpoint, write_training_state
+from tests.checkpoints import write_checkpoint, write_distributed_state, write_training_state
 from tests.diffllama import TOPOLOGIES, save_diffllama
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +34,8 @@ def test_every_gdagrow_command_of_a_page_runs_in_order(page: Path, tmp_path: Pat
         save_diffllama(tmp_path / "DiffLlama-0.3B", TOPOLOGIES[0], dtype=torch.bfloat16)
     if "run/checkpoint-1000" in page.read_text():
         write_training_state(tmp_path / "run" / "checkpoint-1000")
+    if "run/dcp-1000" in page.read_text():
+        write_distributed_state(tmp_path / "demo" / "source", tmp_path / "run" / "dcp-1000")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "text.txt").write_text("the words to compare two models on " * 20)
     for command in shown(page):

@@ -85,6 +85,20 @@ def test_a_grown_run_goes_on_where_the_source_was(tmp_path: Path, capsys: pytest
     assert found[3] < found[2]
 
 
+def test_the_model_of_a_run_is_exported_without_its_training_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "source", lambda_dtype=torch.float32)
+    trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "source"), tmp_path / "run").train()
+    last = tmp_path / "run" / "checkpoint-4"
+    outcome = call(capsys, "export", last, tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    model = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == model
+    left = ", ".join(sorted(path.name for path in last.iterdir() if path.name not in model))
+    assert f"left behind, as training state: {left}\n" in outcome.out
+
+
 def test_the_logged_loss_is_that_of_all_labels_of_a_step(tmp_path: Path) -> None:
     """Sequences of unlike length in the parts of a step: the mean over labels, not over parts."""
     write_checkpoint(tmp_path / "source", dtype=torch.float32)

@@ -13,7 +13,14 @@ from typing import Final
 
 from gdagrow.errors import OutputError
 from gdagrow.formats.file_writer import FileWriter
-from gdagrow.formats.publish import Companions, check_free_space, copy_companions, list_companions, staged
+from gdagrow.formats.publish import (
+    Companions,
+    check_free_space,
+    copy_companions,
+    list_companions,
+    require_apart,
+    staged,
+)
 from gdagrow.output import Output
 from gdagrow.plan import GrowthPlan
 from gdagrow.reading import open_reader
@@ -54,7 +61,7 @@ def expand(plan: GrowthPlan, target: Path, output: Output, *, progress: Progress
     """
     source = plan.header.directory
     place = Path(os.path.abspath(target))
-    _require_apart(source, place)
+    require_apart(source, place)
     history = read_record(source)
     with staged(place) as partial, ThreadPoolExecutor(1, "gdagrow-hash-source") as hasher:
         beside = sum((source / name).stat().st_size for name in list_companions(source, output.carried).copied)
@@ -73,12 +80,6 @@ def expand(plan: GrowthPlan, target: Path, output: Output, *, progress: Progress
         finally:
             stop.set()
     return Expansion(target, written, companions)
-
-
-def _require_apart(source: Path, target: Path) -> None:
-    real_source, real_target = Path(os.path.realpath(source)), Path(os.path.realpath(target))
-    if real_target.is_relative_to(real_source):
-        raise OutputError(f"{target} lies in the source {source}, which is never changed; choose another output")
 
 
 def _write_tensors(

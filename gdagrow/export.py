@@ -12,7 +12,7 @@ import gdagrow
 from gdagrow.archs import architecture_of
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import check_free_space, copy_companions, list_companions, staged
+from gdagrow.formats.publish import check_free_space, copy_companions, list_companions, require_apart, staged
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
@@ -68,8 +68,7 @@ def export(header: Header, target: Path, *, with_code: bool, progress: Callable[
     claim(header, architecture, architecture.sizes(header.config))
     if with_code:
         _require_runnable(header)
-    if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(source)):
-        raise OutputError(f"{target} lies in the source {source}, which is never changed; choose another output")
+    require_apart(source, place)
     weights = {name: require_inside(source, source / name).stat().st_size for name in header.shards}
     described = [name for name in (INDEX_FILE, RECORD_FILE) if (source / name).exists()]
     with staged(place) as partial:

@@ -18,7 +18,14 @@ from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
 from gdagrow.formats.kind import Format, format_of, place_of_weights
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import SkippedFile, check_free_space, copy_companions, list_companions, staged
+from gdagrow.formats.publish import (
+    SkippedFile,
+    check_free_space,
+    copy_companions,
+    list_companions,
+    require_apart,
+    staged,
+)
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
 from gdagrow.header import Header
@@ -118,8 +125,7 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
     """
     source, beside, place = conversion.header.directory, conversion.companions, Path(os.path.abspath(target))
     for directory in (source, beside):
-        if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(directory)):
-            raise OutputError(f"{target} lies in the source {directory}, which is never changed; choose another output")
+        require_apart(directory, place)
     companions = list_companions(beside)
     record = require_inside(beside, beside / RECORD_FILE)
     with staged(place) as partial, open_reader(conversion.header) as reader:

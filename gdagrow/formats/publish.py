@@ -168,6 +168,12 @@ def check_free_space(parent: Path, num_bytes: int) -> None:
         )
 
 
+def require_apart(source: Path, target: Path) -> None:
+    """Raise OutputError if `target` lies in `source`, however either is written."""
+    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
+        raise OutputError(f"{target} lies in the source {source}, which is never changed; choose another output")
+
+
 def list_companions(source: Path, carried: Collection[str] = ()) -> Companions:
     """Say which files of a source directory, weights aside, go with a model grown from it; nothing is written.
 

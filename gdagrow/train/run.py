@@ -1,0 +1,263 @@
+"""A training run: legs of the Trainer, a growth on the disk between them, and all that makes it possible to go on."""
+
+import gc
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+from gdagrow.archs import architecture_of
+from gdagrow.errors import TrainError
+from gdagrow.formats.publish import copy_companions
+from gdagrow.growing import grow_checkpoint
+from gdagrow.record import RECORD_FILE
+from gdagrow.train.building import build_model, config_in, config_of
+from gdagrow.train.callbacks import RunCallback
+from gdagrow.train.data import Windows, open_tokens, prepare_tokens
+from gdagrow.train.engine import RunTrainer, arguments, micro_batch_size
+from gdagrow.train.metrics import GROWTH, MetricsFile
+from gdagrow.train.processes import Processes
+from gdagrow.train.recipe import FIXED, MidRunGrowth, TrainRecipe, read_train_recipe
+from gdagrow.train.run_directory import (
+    METRICS_FILE,
+    MODEL,
+    RECIPE_FILE,
+    TOKENS,
+    RunState,
+    clear,
+    grown_name,
+    is_begun,
+    keep_last,
+    publish,
+    remove_unfinished,
+    saving_directory,
+    states,
+)
+from gdagrow.train.sharded import is_sharded, load_sharded
+
+
+class Watcher(Protocol):
+    """Who looks on; told in the first process alone."""
+
+    def step(self, step: int) -> None:
+        """A step is done."""
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl was written."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end: where its model is, its steps, and the last figures of either loss."""
+
+    model: Path
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+
+
+def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watcher: Watcher) -> Finished:
+    """Train as a recipe says, in this process or together with those that `torchrun` started beside it.
+
+    Args:
+        recipe: What to do.
+        run: The run's directory; it may be missing.
+        resume: Go on from the last whole state in it, or from the start if there is none.
+        restart: Remove what an earlier run left in it.
+        watcher: Told of every step and line.
+
+    Raises:
+        GdagrowError: the model, the data or the directory cannot be used, or the loss is not finite.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    processes = Processes(on_cpu=recipe.device == "cpu")
+    _require_shares(recipe, processes.count)
+    config = config_of(recipe.model)
+    vocab = architecture_of(config).sizes(config).vocab
+    if processes.is_first:
+        _begin(recipe, run, resume=resume, restart=restart)
+        if not (run / TOKENS).exists():
+            prepare_tokens(recipe.data, saving_directory(run) / TOKENS, vocab, config.get("eos_token_id"))
+            publish(run, TOKENS)
+    processes.wait()
+    training, held_out = open_tokens(recipe.data, run / TOKENS, recipe.context_length, vocab)
+    if len(training) < recipe.batch_size:
+        raise TrainError(
+            f"data: {len(training)} sequences of {recipe.context_length} tokens are fewer than a batch of "
+            f"{recipe.batch_size}; give more text or a smaller batch"
+        )
+    # A whole number of batches, so that the same sequences make a step however many processes share it.
+    training = training.part(0, len(training) // recipe.batch_size * recipe.batch_size)
+    held_out = held_out and held_out.part(0, min(len(held_out), recipe.evaluate_on))
+    finished = _Run(recipe, run, config, training, held_out, processes, watcher).go_on()
+    processes.leave()
+    return finished
+
+
+def _require_shares(recipe: TrainRecipe, num_processes: int) -> None:
+    at_once = num_processes * micro_batch_size(recipe, num_processes)
+    if not at_once or recipe.batch_size % at_once:
+        raise TrainError(
+            f"batch_size {recipe.batch_size} does not divide into {num_processes} processes with "
+            f"{recipe.micro_batch_size or 'as many whole'} sequences at once; change batch_size or micro_batch_size"
+        )
+
+
+def _begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> None:
+    """Make the run's directory ready.
+
+    Raises:
+        TrainError: it has a run already that is done, was another one, or shall neither be resumed nor restarted.
+    """
+    if restart:
+        clear(run)
+    if is_begun(run) and not resume:
+        raise TrainError(f"{run} is not empty; --resume goes on with the run in it, --restart begins it anew")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"{run} cannot be made ({error.strerror}); choose another place") from None
+    remove_unfinished(run)
+    last = next(reversed(states(run)), None)
+    if (run / RECIPE_FILE).exists() and last is not None:
+        _require_same(recipe, read_train_recipe(run / RECIPE_FILE), last, run)
+    if last is not None and last.step >= recipe.steps and (run / MODEL).exists():
+        raise TrainError(f"{run}: all {recipe.steps} steps are done; to go on, ask for more steps in the recipe")
+    shutil.rmtree(run / MODEL, ignore_errors=True)
+    _write_recipe(recipe, run / RECIPE_FILE)
+
+
+def _require_same(recipe: TrainRecipe, before: TrainRecipe, last: RunState, run: Path) -> None:
+    changed = [key for key in FIXED if getattr(recipe, key) != getattr(before, key)]
+    if _done(recipe, last) != _done(before, last):
+        changed.append("growth")
+    if changed:
+        raise TrainError(
+            f"{run} was begun with another {', '.join(changed)} than the recipe says; take {run / RECIPE_FILE}, or "
+            "begin anew with --restart"
+        )
+
+
+def _done(recipe: TrainRecipe, last: RunState) -> list[MidRunGrowth]:
+    return [growth for growth in recipe.growth if growth.at < last.step + last.grown]
+
+
+def _write_recipe(recipe: TrainRecipe, path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    with path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(recipe.as_dict(), file)
+
+
+class _Run:
+    """A run with its text and its directory: legs between growths, each with a model and a Trainer of its own."""
+
+    def __init__(
+        self, recipe: TrainRecipe, run: Path, config: Mapping[str, Any], training: Windows, held_out: Windows | None,
+        processes: Processes, watcher: Watcher,
+    ) -> None:  # fmt: skip
+        self._recipe, self._run, self._config = recipe, run, config
+        self._training, self._held_out = training, held_out
+        self._processes, self._watcher = processes, watcher
+        self._metrics: MetricsFile | None = None
+        self._latest: dict[str, float] = {}
+
+    def go_on(self) -> Finished:
+        """Train and grow until all steps are done, and publish the model."""
+        state = self._last_state()
+        if self._processes.is_first:
+            self._metrics = MetricsFile(self._run / METRICS_FILE, state.step if state else 0)
+        while state is None or state.step < self._recipe.steps:
+            due = next((growth for growth in self._recipe.growth if state and growth.at == state.step), None)
+            if due is not None and state is not None and not state.grown:
+                state = self._grow(state, due)
+            self._train(state)
+            state = self._last_state()
+        if self._processes.is_first:
+            self._publish_model(state.directory)
+        self._processes.wait()
+        latest = self._latest
+        return Finished(self._run / MODEL, state.step, latest.get("loss"), latest.get("eval_loss"))
+
+    def _last_state(self) -> RunState | None:
+        return next(reversed(states(self._run)), None)
+
+    def _grow(self, state: RunState, growth: MidRunGrowth) -> RunState:
+        name = grown_name(state.step)
+        if self._processes.is_first:
+            # The schedule is a function of the step here, so a state never needs to begin another one.
+            grow_checkpoint(
+                state.directory, saving_directory(self._run) / name, growth.expand, moments=growth.moments,
+                schedule="keep",
+            )  # fmt: skip
+            publish(self._run, name)
+            keep_last(self._run, self._recipe.keep)
+        self._processes.wait()
+        return RunState(state.step, True, self._run / name)
+
+    def _train(self, state: RunState | None) -> None:
+        """Go on from a state until the next growth or the end."""
+        recipe, step = self._recipe, state.step if state else 0
+        just_grown = state is not None and state.grown
+        if just_grown:
+            growth = next(growth for growth in recipe.growth if growth.at == step)
+            self._write({"step": step, "event": GROWTH, "expand": growth.expand.as_dict()})
+        stop_at = next((growth.at for growth in recipe.growth if growth.at > step), recipe.steps)
+        directory = state.directory if state else None
+        trainer = RunTrainer(
+            recipe=recipe,
+            state_of=directory or recipe.model.directory,
+            model=self._build(directory),
+            args=arguments(recipe, self._run, self._processes.count, evaluate_first=just_grown and recipe.evaluates),
+            train_dataset=self._training,
+            eval_dataset=self._held_out,
+            callbacks=[RunCallback(recipe, stop_at, self._write, self._tick)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(directory) if directory else None)
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _build(self, state: Path | None) -> Any:
+        weights = self._recipe.model.directory if state is None else None if is_sharded(state) else state
+        model = build_model(
+            self._config if state is None else config_in(state), weights, self._recipe.seed,
+            is_first=self._processes.is_first,
+        )  # fmt: skip
+        if self._recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def _publish_model(self, state: Path) -> None:
+        partial = saving_directory(self._run) / MODEL
+        shutil.rmtree(partial, ignore_errors=True)
+        weights = None if is_sharded(state) else state
+        model = build_model(config_in(state), weights, self._recipe.seed, is_first=True)
+        if weights is None:
+            load_sharded(state, model)
+        if self._recipe.model.directory is not None:
+            partial.mkdir(parents=True)
+            copy_companions(self._recipe.model.directory, partial)
+        model.save_pretrained(partial)
+        if (state / RECORD_FILE).exists():
+            shutil.copyfile(state / RECORD_FILE, partial / RECORD_FILE)
+        publish(self._run, MODEL)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._latest |= {key: line[key] for key in ("loss", "eval_loss") if key in line}
+        if self._metrics is not None:
+            self._metrics.write(line)
+            self._watcher.line(line)
+
+    def _tick(self, step: int) -> None:
+        if self._processes.is_first:
+            self._watcher.step(step)

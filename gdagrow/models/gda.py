@@ -15,6 +15,7 @@ from gdagrow.formats.safetensors_header import SINGLE_FILE, read_header
 from gdagrow.formats.safetensors_reader import TORCH_DTYPES, TensorReader
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
+from gdagrow.models.kernels import at_least_float32
 from gdagrow.models.layers import (
     PROJECTIONS,
     GdaAttention,
@@ -23,7 +24,6 @@ from gdagrow.models.layers import (
     LayerCache,
     Projection,
     RmsNorm,
-    at_least_float32,
 )
 
 __all__ = [

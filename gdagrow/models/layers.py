@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gdagrow.lambda_init import lambda_init
 from gdagrow.models.config import GdaConfig
+from gdagrow.models.kernels import Kernel, at_least_float32, fused_attention
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -21,20 +22,15 @@ PROJECTIONS = frozenset(ATTENTION_PROJECTIONS + MLP_PROJECTIONS)
 POLY_NORM_EPS = 1e-6
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def rotary_table(positions: range, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE, each `[positions, 1, head_dim / 2]`.
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, each `[..., positions, 1, head_dim / 2]`, at integer positions `[..., positions]`.
 
     Angles are made in float64, since a float32 angle at position 30000 is off by 1e-3, and made anew at every call: a
     non-persistent buffer would be garbage after a meta-device load.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=like.device) / head_dim
-    steps = torch.arange(positions.start, positions.stop, dtype=torch.float64, device=like.device)
-    angles = torch.outer(steps, theta**-exponents)[:, None]
-    dtype = at_least_float32(like.dtype)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angles = positions[..., None, None] * theta**-exponents
+    dtype = at_least_float32(dtype)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -123,6 +119,22 @@ class LayerCache:
         return keys, values
 
 
+class Attending(NamedTuple):
+    """How the queries of one call look at keys.
+
+    positions: Where the tokens stand, integers `[batch or 1, positions]`; after those in the cache if None.
+    mask: What they may look at (see `gdagrow.models.kernels`); what stands before them if None.
+    kernel: How values are read.
+    """
+
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+    kernel: Kernel = fused_attention
+
+
+CAUSAL = Attending()
+
+
 class GdaAttention(nn.Module):
     """Grouped differential attention of one layer (arXiv:2510.06949), causal, over `[batch, positions, hidden]`.
 
@@ -147,16 +159,19 @@ class GdaAttention(nn.Module):
         self.lambda_k2 = nn.Parameter(torch.zeros(head_dim))
         self.subln = RmsNorm(2 * head_dim, config.attn_rms_norm_eps)
 
-    def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
-        output: Tensor = self.o_proj(self.difference(*self.attend(self.project(hidden, cache))))
+    def forward(self, hidden: Tensor, cache: LayerCache | None = None, attending: Attending = CAUSAL) -> Tensor:
+        projected = self.project(hidden, cache, attending.positions)
+        output: Tensor = self.o_proj(self.difference(*self.attend(projected, attending)))
         return output
 
-    def project(self, hidden: Tensor, cache: LayerCache | None = None) -> Projected:
+    def project(self, hidden: Tensor, cache: LayerCache | None = None, positions: Tensor | None = None) -> Projected:
         """Queries of `hidden`'s positions; keys and values of these and, before them, of those in the cache."""
         config = self.config
         lead, head_dim = hidden.shape[:2], config.head_dim
-        past = 0 if cache is None else cache.length
-        cos, sin = rotary_table(range(past, past + lead[1]), head_dim, config.rope_theta, hidden)
+        if positions is None:
+            past = 0 if cache is None else cache.length
+            positions = torch.arange(past, past + lead[1], device=hidden.device)
+        cos, sin = rotary_table(positions, head_dim, config.rope_theta, hidden.dtype)
         queries = rotate(self.q_proj(hidden).view(*lead, -1, head_dim), cos, sin)
         queries = queries.view(*lead, config.num_groups, config.ratio + 1, head_dim)
         keys = rotate(self.k_proj(hidden).view(*lead, -1, head_dim), cos, sin)
@@ -167,10 +182,11 @@ class GdaAttention(nn.Module):
             queries[..., :-1, :].flatten(2, 3), queries[..., -1, :], keys[..., 0::2, :], keys[..., 1::2, :], values
         )
 
-    def attend(self, projected: Projected) -> tuple[Tensor, Tensor]:
+    def attend(self, projected: Projected, attending: Attending = CAUSAL) -> tuple[Tensor, Tensor]:
         """What signal heads and noise heads read, `[batch, heads, positions, 2 head_dim]` each."""
-        signal = self._attend(projected.signal, projected.signal_keys, projected.values)
-        return signal, self._attend(projected.noise, projected.noise_keys, projected.values)
+        read, values, mask = attending.kernel, projected.values, attending.mask
+        signal = read(projected.signal, projected.signal_keys, values, mask)
+        return signal, read(projected.noise, projected.noise_keys, values, mask)
 
     def difference(self, signal: Tensor, noise: Tensor) -> Tensor:
         """What `o_proj` reads, `[batch, positions, signal heads * 2 head_dim]`: the normed difference of each head."""
@@ -186,25 +202,6 @@ class GdaAttention(nn.Module):
         first = (self.lambda_q1.to(dtype) * self.lambda_k1.to(dtype)).sum().exp()
         second = (self.lambda_q2.to(dtype) * self.lambda_k2.to(dtype)).sum().exp()
         return first - second + self.lambda_init
-
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Causal softmax attention; all `[batch, positions, heads, width]`, result `[batch, heads, positions, 2D]`."""
-        head_dim, past = self.config.head_dim, keys.shape[1] - queries.shape[1]
-        # torch's own causal mask would let the first query see only the first key.
-        mask = None
-        if past and queries.shape[1] > 1:
-            mask = queries.new_ones((queries.shape[1], keys.shape[1]), dtype=torch.bool).tril(past)
-        # Zeros leave the scores alone, and equal widths keep the fast kernel, which falls back silently otherwise.
-        queries, keys = F.pad(queries, (0, head_dim)), F.pad(keys, (0, head_dim))
-        return F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=not past,
-            scale=head_dim**-0.5,
-            enable_gqa=True,
-        )
 
 
 class GdaMlp(nn.Module):
@@ -237,7 +234,7 @@ class GdaBlock(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cache)
+    def forward(self, hidden: Tensor, cache: LayerCache | None = None, attending: Attending = CAUSAL) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cache, attending)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output

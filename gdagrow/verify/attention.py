@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gdagrow.errors import CompareError
 from gdagrow.formats.safetensors_header import read_header
-from gdagrow.models.layers import GdaAttention, Projected, at_least_float32
+from gdagrow.models.kernels import at_least_float32
+from gdagrow.models.layers import GdaAttention, Projected
 from gdagrow.verify.forward import StreamedModel
 
 # Weights in a block of maps: the queries of one group and sequence that are measured at a time, or a single query of

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from gdagrow.models.layers import at_least_float32
+from gdagrow.models.kernels import at_least_float32
 from gdagrow.verify.forward import HEAD_ELEMENTS, StreamedModel
 
 Gradients = dict[str, Tensor]  # by the checkpoint's names

@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from gdagrow.models.layers import at_least_float32
+from gdagrow.models.kernels import at_least_float32
 
 # By Higham and Mary (2019) a sum of n terms errs by more than `8 * sqrt(n)` roundings with probability 3e-14.
 _CERTAINTY = 8.0

@@ -12,25 +12,27 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from gdagrow.record import RECORD_FILE
+from gdagrow.train.configs import is_sharded
+from gdagrow.train.dry_run import shares_of
 from gdagrow.train.recipe import TrainRecipe
 from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory
 from gdagrow.train.schedule import learning_rate_factor
-from gdagrow.train.sharded import is_sharded, load_sharded, load_whole_optimizer
+from gdagrow.train.sharded import load_sharded, load_whole_optimizer
 
 _OPTIMIZERS: Final = {"adamw": "adamw_torch", "sgd": "sgd"}
 
 
 def arguments(recipe: TrainRecipe, run: Path, num_processes: int, *, evaluate_first: bool) -> TrainingArguments:
     """What the Trainer is told of a recipe."""
-    micro = micro_batch_size(recipe, num_processes)
+    at_once, accumulation = shares_of(recipe, num_processes)
     optimizer = recipe.optimizer
     fsdp = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
     return TrainingArguments(
         output_dir=str(run),
         max_steps=recipe.steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch_size // (num_processes * micro),
+        per_device_train_batch_size=at_once,
+        per_device_eval_batch_size=at_once,
+        gradient_accumulation_steps=accumulation,
         optim=_OPTIMIZERS[optimizer.name],
         optim_args=f"momentum={optimizer.momentum}" if optimizer.name == "sgd" else None,
         learning_rate=optimizer.learning_rate,
@@ -56,13 +58,9 @@ def arguments(recipe: TrainRecipe, run: Path, num_processes: int, *, evaluate_fi
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
+        log_level="error",
         **({"fsdp": True, "fsdp_config": fsdp} if num_processes > 1 else {}),
     )
-
-
-def micro_batch_size(recipe: TrainRecipe, num_processes: int) -> int:
-    """Sequences that one process computes at once."""
-    return recipe.micro_batch_size or recipe.batch_size // num_processes
 
 
 class RunTrainer(Trainer):  # type: ignore[misc, unused-ignore]

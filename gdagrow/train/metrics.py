@@ -24,7 +24,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        kept = takewhile(lambda line: not _is_growth(line, step), (line for line in _lines(path) if line["step"] <= step))
+        earlier = (line for line in _lines(path) if line["step"] <= step)
+        kept = takewhile(lambda line: not _is_growth(line, step), earlier)
         replacement = path.with_name(f".{path.name}")
         replacement.write_text("".join(map(_as_line, kept)), encoding="utf-8")
         os.replace(replacement, path)

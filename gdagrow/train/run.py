@@ -14,12 +14,13 @@ from transformers.utils import logging
 from gdagrow.archs import architecture_of
 from gdagrow.errors import TrainError
 from gdagrow.formats.publish import copy_companions
-from gdagrow.growing import grow_checkpoint
 from gdagrow.record import RECORD_FILE
-from gdagrow.train.building import build_model, config_in, config_of
+from gdagrow.train.building import build_model
 from gdagrow.train.callbacks import RunCallback
+from gdagrow.train.configs import config_in, header_of, is_sharded
 from gdagrow.train.data import Windows, open_tokens, prepare_tokens
-from gdagrow.train.engine import RunTrainer, arguments, micro_batch_size
+from gdagrow.train.dry_run import shares_of
+from gdagrow.train.engine import RunTrainer, arguments
 from gdagrow.train.metrics import GROWTH, MetricsFile
 from gdagrow.train.processes import Processes
 from gdagrow.train.recipe import FIXED, MidRunGrowth, TrainRecipe, read_train_recipe
@@ -33,12 +34,12 @@ from gdagrow.train.run_directory import (
     grown_name,
     is_begun,
     keep_last,
+    last_state,
     publish,
     remove_unfinished,
     saving_directory,
-    states,
 )
-from gdagrow.train.sharded import is_sharded, load_sharded
+from gdagrow.train.sharded import load_sharded
 
 
 class Watcher(Protocol):
@@ -77,8 +78,8 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     processes = Processes(on_cpu=recipe.device == "cpu")
-    _require_shares(recipe, processes.count)
-    config = config_of(recipe.model)
+    shares_of(recipe, processes.count)  # refuses a batch that does not divide
+    config = header_of(recipe.model).config
     vocab = architecture_of(config).sizes(config).vocab
     if processes.is_first:
         _begin(recipe, run, resume=resume, restart=restart)
@@ -100,15 +101,6 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     return finished
 
 
-def _require_shares(recipe: TrainRecipe, num_processes: int) -> None:
-    at_once = num_processes * micro_batch_size(recipe, num_processes)
-    if not at_once or recipe.batch_size % at_once:
-        raise TrainError(
-            f"batch_size {recipe.batch_size} does not divide into {num_processes} processes with "
-            f"{recipe.micro_batch_size or 'as many whole'} sequences at once; change batch_size or micro_batch_size"
-        )
-
-
 def _begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> None:
     """Make the run's directory ready.
 
@@ -124,7 +116,7 @@ def _begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> No
     except OSError as error:
         raise TrainError(f"{run} cannot be made ({error.strerror}); choose another place") from None
     remove_unfinished(run)
-    last = next(reversed(states(run)), None)
+    last = last_state(run)
     if (run / RECIPE_FILE).exists() and last is not None:
         _require_same(recipe, read_train_recipe(run / RECIPE_FILE), last, run)
     if last is not None and last.step >= recipe.steps and (run / MODEL).exists():
@@ -152,7 +144,9 @@ def _write_recipe(recipe: TrainRecipe, path: Path) -> None:
     from ruamel.yaml import YAML
 
     with path.open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(recipe.as_dict(), file)
+        writer = YAML(typ="safe", pure=True)
+        writer.default_flow_style = False
+        writer.dump(recipe.as_dict(), file)
 
 
 class _Run:
@@ -170,7 +164,7 @@ class _Run:
 
     def go_on(self) -> Finished:
         """Train and grow until all steps are done, and publish the model."""
-        state = self._last_state()
+        state = last_state(self._run)
         if self._processes.is_first:
             self._metrics = MetricsFile(self._run / METRICS_FILE, state.step if state else 0)
         while state is None or state.step < self._recipe.steps:
@@ -178,19 +172,19 @@ class _Run:
             if due is not None and state is not None and not state.grown:
                 state = self._grow(state, due)
             self._train(state)
-            state = self._last_state()
+            state = last_state(self._run)
         if self._processes.is_first:
             self._publish_model(state.directory)
+            remove_unfinished(self._run)
         self._processes.wait()
         latest = self._latest
         return Finished(self._run / MODEL, state.step, latest.get("loss"), latest.get("eval_loss"))
 
-    def _last_state(self) -> RunState | None:
-        return next(reversed(states(self._run)), None)
-
     def _grow(self, state: RunState, growth: MidRunGrowth) -> RunState:
         name = grown_name(state.step)
         if self._processes.is_first:
+            from gdagrow.growing import grow_checkpoint
+
             # The schedule is a function of the step here, so a state never needs to begin another one.
             grow_checkpoint(
                 state.directory, saving_directory(self._run) / name, growth.expand, moments=growth.moments,
@@ -220,7 +214,7 @@ class _Run:
             callbacks=[RunCallback(recipe, stop_at, self._write, self._tick)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(directory) if directory else None)
+        trainer.train(str(directory) if directory else None, ignore_keys_for_eval=["past_key_values"])
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()

@@ -53,6 +53,11 @@ def states(run: Path) -> list[RunState]:
     )  # fmt: skip
 
 
+def last_state(run: Path) -> RunState | None:
+    """The state that a run goes on from; None at its start."""
+    return next(reversed(states(run)), None)
+
+
 def is_begun(run: Path) -> bool:
     """Whether there is anything of a run in a directory."""
     return run.is_dir() and any(run.iterdir())

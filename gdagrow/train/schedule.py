@@ -2,6 +2,7 @@
 
 from math import cos, pi
 
+from gdagrow.train.rates import warm_up_factor
 from gdagrow.train.recipe import Schedule, TrainRecipe
 
 
@@ -10,14 +11,15 @@ def learning_rate_factor(recipe: TrainRecipe, step: int) -> float:
 
     A growth whose `schedule` is `restart` begins the schedule anew, over the steps that are left.
     """
-    begin = max((growth.at for growth in recipe.growth if growth.schedule == "restart" and growth.at <= step), default=0)
+    begun = [growth.at for growth in recipe.growth if growth.schedule == "restart" and growth.at <= step]
+    begin = max(begun, default=0)
     return scheduled(recipe.schedule, step - begin, recipe.steps - begin)
 
 
 def scheduled(schedule: Schedule, step: int, steps: int) -> float:
     """The factor after `step` of `steps` updates: 1 at the end of the warm-up, `final` after the last but one."""
     if step < schedule.warm_up:
-        return (step + 1) / schedule.warm_up
+        return warm_up_factor(step, schedule.warm_up)
     if schedule.kind == "constant":
         return 1.0
     done = min(1.0, (step - schedule.warm_up) / max(1, steps - 1 - schedule.warm_up))

@@ -15,14 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-# What accelerate calls them.
-SHARDED_WEIGHTS: Final = "pytorch_model_fsdp_0"
+from gdagrow.train.configs import SHARDED_WEIGHTS
+
+# Accelerate's name for it.
 SHARDED_OPTIMIZER: Final = "optimizer_0"
-
-
-def is_sharded(state: Path) -> bool:
-    """Whether several processes saved a state, each its own part."""
-    return (state / SHARDED_WEIGHTS).is_dir()
 
 
 def load_sharded(state: Path, model: nn.Module, optimizer: Any = None) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from gdagrow.archs.motif import Motif
-from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, plan_shards, tensor_bytes
+from gdagrow.formats.file_layout import TargetTensor
+from gdagrow.formats.file_writer import FileWriter, tensor_bytes
+from gdagrow.formats.safetensors_layout import plan_shards
 
 DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
 _CHUNK_ELEMENTS = 2**22
@@ -49,9 +51,9 @@ def write_checkpoint(directory: Path, *, num_layers: int, hidden: int, dtype: st
     # The same normal weights over and over: what is in them does not change the work.
     weights = (torch.randn(_CHUNK_ELEMENTS, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch_dtype)
     octets = tensor_bytes(weights)
-    with ShardWriter(directory / layout.file, layout) as writer:
-        for entry in layout.entries:
-            left = entry.stop - entry.start
+    with FileWriter(directory / layout.file, layout) as writer:
+        for tensor in layout.tensors:
+            left = tensor.num_bytes
             while left:
                 writer.write(octets[: min(left, len(octets))])
                 left -= min(left, len(octets))

@@ -75,35 +75,48 @@ def grow_tensor(growth: TensorGrowth, source: Tensor, name: str = "", noise: Noi
     return grown.reshape(growth.shape)
 
 
+def grow_moment_rows(growth: TensorGrowth, source: Tensor, grown: Tensor, *, row_copies: int, power: int) -> None:
+    """Grow consecutive source rows of an optimizer moment along the columns, by the mirror rule.
+
+    Args:
+        growth: The maps of the parameter that the moment belongs to.
+        source: `[rows, old columns]`.
+        grown: `[rows, new columns]` of the same dtype, written here.
+        row_copies: How many copies each of these rows has in the grown moment.
+        power: 1 for `exp_avg` or a momentum buffer, 2 for `exp_avg_sq`: of the copies that are divided by.
+
+    Source: growth-math 2; the gradient of a grown parameter is this with power 1.
+    """
+    writes_rows, writes_columns = len(growth.dims) == 2 and not growth.reads[0], not growth.reads[-1]
+    for s in growth.columns.segments:
+        copies = (row_copies if writes_rows else 1) * (s.copies if writes_columns else 1)
+        part, old = grown[:, s.new : s.new + s.length], source[:, s.old : s.old + s.length]
+        if copies == 1:
+            part.copy_(old)
+        else:
+            torch.div(old, copies**power, out=part)
+
+
 def grow_moment(growth: TensorGrowth, source: Tensor, power: int) -> Tensor:
-    """Grow an optimizer moment by the mirror rule: divide by `copies ** power` along every written dimension.
+    """Grow a whole optimizer moment in memory, where it lies: what streaming does row by row.
 
     Args:
         growth: The maps of the parameter that the moment belongs to.
         source: The moment, of the parameter's source shape.
-        power: 1 for `exp_avg` or a momentum buffer, 2 for `exp_avg_sq`.
+        power: See `grow_moment_rows`.
 
-    Source: growth-math 2; the gradient of a grown parameter is this with power 1.
+    Returns:
+        A tensor of `growth.shape` in the dtype of `source`.
     """
-    grown = source
-    for dim, (index_map, reads) in enumerate(zip(growth.dims, growth.reads, strict=True)):
-        if index_map.is_identity:
-            continue
-        grown = grown.index_select(dim, old_indices(index_map, source.device))
-        if not reads:
-            shape = [-1 if d == dim else 1 for d in range(source.dim())]
-            grown = grown / _copies(index_map, source.device).to(grown.dtype).reshape(shape) ** power
-    return grown
+    matrix = source.reshape(growth.rows.old_size, growth.columns.old_size)
+    grown = source.new_empty((growth.rows.size, growth.columns.size))
+    for s in growth.rows.segments:
+        old, to = matrix[s.old : s.old + s.length], grown[s.new : s.new + s.length]
+        grow_moment_rows(growth, old, to, row_copies=s.copies, power=power)
+    return grown.reshape(growth.shape)
 
 
 @lru_cache(maxsize=64)
 def old_indices(index_map: IndexMap, device: torch.device) -> Tensor:
     """The old index of each new one, int64 on `device`."""
     return torch.tensor(list(index_map), device=device)
-
-
-@lru_cache(maxsize=64)
-def _copies(index_map: IndexMap, device: torch.device) -> Tensor:
-    """How many copies there are of what each new index is one of."""
-    old = old_indices(index_map, device)
-    return torch.bincount(old, minlength=index_map.old_size)[old]

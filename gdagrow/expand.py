@@ -3,32 +3,22 @@
 import hashlib
 import json
 import os
-import queue
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Final
 
-import torch
-from torch import Tensor
-
-from gdagrow.engine import grow_rows
 from gdagrow.errors import OutputError
+from gdagrow.formats.file_writer import FileWriter
 from gdagrow.formats.publish import Companions, check_free_space, copy_companions, list_companions, staged
-from gdagrow.formats.safetensors_header import INDEX_FILE
-from gdagrow.formats.safetensors_reader import TensorReader
-from gdagrow.formats.safetensors_writer import ShardLayout, ShardWriter, index_json, tensor_bytes
-from gdagrow.growth import block_rows
-from gdagrow.header import ITEM_BYTES
-from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, layout_of, num_workers
-from gdagrow.plan import GrowthPlan, TensorPlan
+from gdagrow.output import Output
+from gdagrow.plan import GrowthPlan
 from gdagrow.reading import open_reader
 from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record, record_text
-from gdagrow.split import Noise
+from gdagrow.streaming import Grower
 
 _SPARE_BYTES: Final = 2**20  # for config, index and record
 
@@ -48,13 +38,13 @@ class Expansion:
         return sum(shard.num_bytes for shard in self.shards.values())
 
 
-def expand(plan: GrowthPlan, target: Path, *, max_shard_bytes: int, progress: Progress | None = None) -> Expansion:
+def expand(plan: GrowthPlan, target: Path, output: Output, *, progress: Progress | None = None) -> Expansion:
     """Grow a checkpoint into `target`, which appears whole or not at all.
 
     Args:
         plan: What to do.
         target: The directory to make; it may exist if it is empty.
-        max_shard_bytes: The largest weight file, unless a single tensor is larger.
+        output: The files to write, such as `weights_output(plan, 5 * 10**9)`.
         progress: Called with the number of bytes written since its last call.
 
     Raises:
@@ -64,21 +54,21 @@ def expand(plan: GrowthPlan, target: Path, *, max_shard_bytes: int, progress: Pr
     source = plan.header.directory
     place = Path(os.path.abspath(target))
     _require_apart(source, place)
-    layouts = layout_of(plan, max_shard_bytes)
     history = read_record(source)
     with staged(place) as partial, ThreadPoolExecutor(1, "gdagrow-hash-source") as hasher:
-        beside = sum((source / name).stat().st_size for name in list_companions(source).copied)
-        check_free_space(place.parent, sum(layout.file_bytes for layout in layouts) + beside + _SPARE_BYTES)
+        beside = sum((source / name).stat().st_size for name in list_companions(source, output.carried).copied)
+        check_free_space(place.parent, sum(layout.file_bytes for layout in output.layouts) + beside + _SPARE_BYTES)
         stop = Event()
-        read = hasher.submit(_digests, source, plan.header.shards, stop)
+        shards = dict.fromkeys(shard for header in output.sources.values() for shard in header.shards)
+        read = hasher.submit(_digests, source, list(shards), stop)
         try:
-            companions = copy_companions(source, partial)
-            written = _write_weights(plan, layouts, partial, progress)
-            record = growth_record(plan, read=read.result(), written=written, history=history)
+            companions = copy_companions(source, partial, output.carried)
+            written = _write_tensors(output, partial, progress)
+            record = growth_record(plan, read=read.result(), written=written, history=history, state=output.record)
             _write(partial / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
             _write(partial / RECORD_FILE, record_text(record))
-            if len(layouts) > 1:
-                _write(partial / INDEX_FILE, index_json(layouts).decode())
+            for name, content in output.files.items():
+                _write(partial / name, content)
         finally:
             stop.set()
     return Expansion(target, written, companions)
@@ -90,110 +80,21 @@ def _require_apart(source: Path, target: Path) -> None:
         raise OutputError(f"{target} lies in the source {source}, which is never changed; choose another output")
 
 
-def _write_weights(
-    plan: GrowthPlan, layouts: tuple[ShardLayout, ...], directory: Path, progress: Progress | None
-) -> dict[str, FileDigest]:
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    recipe = plan.recipe
-    noise = None if recipe.exact_copies else Noise(recipe.snr_db, recipe.seed)
+def _write_tensors(output: Output, directory: Path, progress: Progress | None) -> dict[str, FileDigest]:
     written = {}
-    with open_reader(plan.header) as reader, _Grower(reader, noise) as grower:
-        for layout in layouts:
+    with ExitStack() as stack:
+        readers = {files: stack.enter_context(open_reader(header)) for files, header in output.sources.items()}
+        grower = stack.enter_context(Grower(readers))
+        for layout in output.layouts:
             path = directory / layout.file
-            with ShardWriter(path, layout) as writer:
-                for chunk in grower.chunks(tensors[entry.tensor.name] for entry in layout.entries):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileWriter(path, layout) as writer:
+                for chunk in grower.chunks(output.tensors[tensor.name] for tensor in layout.tensors):
                     writer.write(chunk)
                     if progress:
                         progress(len(chunk))
                 written[layout.file] = FileDigest(layout.file_bytes, writer.close())
     return written
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Grow source rows `[start, stop)` of a tensor seen as `[rows, columns]`; they are the next rows of the output.
-
-    `again`: whether the same rows, and so the same bytes, come once more further down.
-    """
-
-    tensor: TensorPlan
-    start: int
-    stop: int
-    again: bool
-
-
-_Grown = tuple[memoryview, Tensor]  # a chunk, and the buffer that holds it
-
-
-class _Grower:
-    """Grows tensors chunk by chunk, in order, on worker threads and in a few buffers that go round."""
-
-    def __init__(self, reader: TensorReader, noise: Noise | None) -> None:
-        self._reader = reader
-        self._noise = noise
-        # Each worker is one thread; torch's own threads would only get in its way.
-        self._workers = ThreadPoolExecutor(num_workers(), "gdagrow-grow", torch.set_num_threads, (1,))
-        # The buffer used last is used next: those that are never needed are never touched, and take no memory.
-        self._free: queue.LifoQueue[Tensor] = queue.LifoQueue()
-        for _ in range(LOOKAHEAD + 1 + KEPT_CHUNKS):
-            self._free.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
-
-    def __enter__(self) -> "_Grower":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._workers.shutdown(cancel_futures=True)
-
-    def chunks(self, tensors: Iterable[TensorPlan]) -> Iterator[memoryview]:
-        """Yield the grown bytes of tensors in order; a chunk may be overwritten once the next is asked for."""
-        jobs = (job for tensor in tensors for job in _jobs(tensor))
-        ahead: deque[tuple[_Job, Future[_Grown]]] = deque()
-        kept: dict[tuple[str, int], Future[_Grown]] = {}  # by tensor and first row
-        while True:
-            for job in islice(jobs, LOOKAHEAD - len(ahead)):
-                key = job.tensor.name, job.start
-                grown = kept.get(key) or self._workers.submit(self._grow, job)
-                if job.again and len(kept) < KEPT_CHUNKS:
-                    kept[key] = grown
-                ahead.append((job, grown))
-            if not ahead:
-                break
-            job, grown = ahead.popleft()
-            chunk, buffer = grown.result()
-            yield chunk
-            if not job.again:
-                kept.pop((job.tensor.name, job.start), None)
-            if kept.get((job.tensor.name, job.start)) is not grown:
-                self._free.put(buffer)
-
-    def _grow(self, job: _Job) -> _Grown:
-        tensor, growth = job.tensor, job.tensor.growth
-        if len(growth.dims) == 1:
-            source = self._reader.tensor(tensor.source.name).unsqueeze(0)
-        else:
-            source = self._reader.rows(tensor.source.name, job.start, job.stop)
-        num_bytes = source.shape[0] * _row_bytes(tensor)
-        buffer = self._free.get()
-        if buffer.numel() < num_bytes:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        grown = buffer[:num_bytes].view(source.dtype).view(source.shape[0], -1)
-        noise = self._noise if tensor.noisy else None
-        grow_rows(growth, source, grown, first_row=job.start, name=tensor.name, noise=noise)
-        return tensor_bytes(buffer[:num_bytes]), buffer
-
-
-def _row_bytes(tensor: TensorPlan) -> int:
-    return tensor.growth.columns.size * ITEM_BYTES[tensor.source.dtype]
-
-
-def _jobs(tensor: TensorPlan) -> Iterator[_Job]:
-    """A tensor's rows in chunks, cut where blocks of source rows end so that no random word is drawn twice."""
-    block = block_rows(tensor.growth)
-    rows = max(1, CHUNK_BYTES // (_row_bytes(tensor) * block)) * block
-    for segment in tensor.growth.rows.segments:
-        start, stop = segment.old, segment.old + segment.length
-        for cut in range(start - start % rows, stop, rows):
-            yield _Job(tensor, max(cut, start), min(cut + rows, stop), again=segment.copy + 1 < segment.copies)
 
 
 def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, FileDigest]:
@@ -208,10 +109,12 @@ def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, Fi
     return digests
 
 
-def _write(path: Path, text: str) -> None:
-    # A name that is no UTF-8 has half surrogate pairs in it, whose escapes in Python and in JSON are the same.
-    content = text.encode("utf-8", "backslashreplace")
+def _write(path: Path, content: str | bytes) -> None:
+    if isinstance(content, str):
+        # A name that is no UTF-8 has half surrogate pairs in it, whose escapes in Python and in JSON are the same.
+        content = content.encode("utf-8", "backslashreplace")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}); free or choose another place") from None

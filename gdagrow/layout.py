@@ -5,7 +5,9 @@ import re
 from typing import Final
 
 from gdagrow.errors import RecipeError
-from gdagrow.formats.safetensors_writer import BLOCK_BYTES, NUM_BLOCKS, ShardLayout, TargetTensor, plan_shards
+from gdagrow.formats.file_layout import FileLayout, TargetTensor
+from gdagrow.formats.file_writer import BLOCK_BYTES, NUM_BLOCKS
+from gdagrow.formats.safetensors_layout import plan_shards
 from gdagrow.growth import block_rows
 from gdagrow.header import ITEM_BYTES
 from gdagrow.plan import GrowthPlan, TensorPlan
@@ -38,7 +40,7 @@ def parse_size(text: str) -> int:
     raise RecipeError(f"max-shard-size: expected a size such as 5GB, 500MB or 2GiB, got {text!r}")
 
 
-def layout_of(plan: GrowthPlan, max_shard_bytes: int) -> tuple[ShardLayout, ...]:
+def layout_of(plan: GrowthPlan, max_shard_bytes: int) -> tuple[FileLayout, ...]:
     """The files that a plan will write, byte for byte but for the weights."""
     targets = [TargetTensor(tensor.name, tensor.source.dtype, tensor.shape) for tensor in plan.tensors]
     return plan_shards(targets, max_shard_bytes, plan.header.metadata)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gdagrow.axes import IndexMap
 from gdagrow.convert import INDEX_SHIFT, LAMBDAS, SUBLN, row_maps
+from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_reader import TensorReader
-from gdagrow.formats.safetensors_writer import tensor_bytes
 from gdagrow.formats.weight_files import NO_FILE, RowsInFile
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.lambda_init import moved_down, moved_norm

@@ -25,7 +25,12 @@ class FileDigest:
 
 
 def growth_record(
-    plan: GrowthPlan, *, read: Mapping[str, FileDigest], written: Mapping[str, FileDigest], history: list[Any]
+    plan: GrowthPlan,
+    *,
+    read: Mapping[str, FileDigest],
+    written: Mapping[str, FileDigest],
+    history: list[Any],
+    state: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What goes into `growth.json`; it holds nothing that differs between two runs of the same growth.
 
@@ -33,6 +38,7 @@ def growth_record(
         plan: The growth.
         read, written: Source and output weight files by name.
         history: The records of earlier growths of the source, oldest first.
+        state: What is said of the training state.
     """
     recipe, lost = plan.recipe, {t.parameter: t.moments_lost for t in plan.tensors if t.moments_lost}
     return {
@@ -57,6 +63,7 @@ def growth_record(
         "notation": {t.parameter: t.notation for t in plan.tensors},
         "learning_rate_multipliers": {t.parameter: t.learning_rate_multiplier for t in plan.tensors},
         "moments_not_carried": lost,
+        **state,
         "source": {"name": plan.header.directory.resolve().name, "files": _files(read)},
         "output": {"files": _files(written)},
         "history": history,

@@ -22,7 +22,7 @@ def claim(header: Header, architecture: Architecture, sizes: Sizes) -> dict[str,
     """
     present = {p for p in architecture.table(header.config) if not p.optional or _is_stored(p, header)}
     claimed: dict[str, Parameter] = {}
-    for parameter, layer in _in_order(architecture.table(header.config), sizes.num_layers):
+    for parameter, layer in in_model_order(architecture.table(header.config), sizes.num_layers):
         if parameter in present:
             claimed[parameter.name.format(layer=layer)] = parameter
     problems = [f"missing {name}" for name in claimed if name not in header.tensors]
@@ -48,8 +48,8 @@ def _is_stored(parameter: Parameter, header: Header) -> bool:
     return any(name.startswith(prefix) and name.endswith(suffix) for name in header.tensors)
 
 
-def _in_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[Parameter, int]]:
-    """The table's rows with the layered ones repeated for each layer, where the first of them stands."""
+def in_model_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[Parameter, int]]:
+    """Each row with its layer, in the order of the model's `named_parameters()`: the layered rows layer by layer."""
     first = next(i for i, p in enumerate(table) if p.is_layered)
     yield from ((p, 0) for p in table[:first] if not p.is_layered)
     yield from ((p, layer) for layer in range(num_layers) for p in table if p.is_layered)

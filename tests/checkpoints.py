@@ -91,7 +91,7 @@ def random_tensors(
     """Random weights for every row of the architecture's table, biases only if the config has `use_bias`."""
     motif, generator, tensors = Motif(), torch.Generator().manual_seed(seed), {}
     sizes = motif.sizes(config)
-    for parameter in motif.table(config):
+    for parameter in sorted(motif.table(config), key=lambda parameter: parameter.name):
         if parameter.optional and not config["use_bias"]:
             continue
         centre = 1.0 if "norm" in parameter.name or "subln" in parameter.name else 0.0

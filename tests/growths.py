@@ -16,6 +16,7 @@ from gdagrow.archs.motif import Motif
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
+from gdagrow.output import weights_output
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe
 
@@ -102,7 +103,7 @@ class Grown:
 def grow(source: Path, target: Path, recipe: Mapping[str, Any]) -> Grown:
     """Plan and carry out a growth through real files, one weight file on either side."""
     plan = make_plan(read_header(source), make_recipe(dict(recipe)))
-    expand(plan, target, max_shard_bytes=10**10)
+    expand(plan, target, weights_output(plan, 10**10))
     return Grown(plan, source, target, load_file(source / "model.safetensors"), load_file(target / "model.safetensors"))
 
 

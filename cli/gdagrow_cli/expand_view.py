@@ -14,8 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from gdagrow.costs import growth_figures
 from gdagrow.expand import Expansion
 from gdagrow.expand import expand as expand_checkpoint
-from gdagrow.formats.safetensors_header import read_header
-from gdagrow.plan import GrowthPlan, make_plan
+from gdagrow.growing import Growing, prepare_growth
+from gdagrow.plan import GrowthPlan
 from gdagrow.recipe import Recipe
 from gdagrow.record import RECORD_FILE
 from gdagrow.units import bytes_text, count_text
@@ -39,11 +39,12 @@ def run_expand(
     Raises:
         GdagrowError: the checkpoint cannot be read or be grown so, or the output cannot be written.
     """
-    plan = make_plan(read_header(checkpoint), recipe)
+    growing = prepare_growth(checkpoint, recipe, max_shard_bytes=max_shard_bytes)
+    plan = growing.plan
     target = out or default_target(checkpoint, recipe)
     start = time.monotonic()
-    with _progress(plan.num_bytes, shown=not as_json and not quiet) as advance:
-        expansion = _expand_or_stop(plan, target, max_shard_bytes, advance)
+    with _progress(growing.output.num_bytes, shown=not as_json and not quiet) as advance:
+        expansion = _expand_or_stop(growing, target, advance)
     seconds = time.monotonic() - start
     if as_json:
         figures = growth_figures(plan, max_shard_bytes)
@@ -61,9 +62,9 @@ def default_target(checkpoint: Path, recipe: Recipe) -> Path:
     return source.with_name(f"{source.name}-{recipe.label}")
 
 
-def _expand_or_stop(plan: GrowthPlan, target: Path, max_shard_bytes: int, advance: Callable[[int], None]) -> Expansion:
+def _expand_or_stop(growing: Growing, target: Path, advance: Callable[[int], None]) -> Expansion:
     try:
-        return expand_checkpoint(plan, target, max_shard_bytes=max_shard_bytes, progress=advance)
+        return expand_checkpoint(growing.plan, target, growing.output, progress=advance)
     except Stopped as stopped:
         if (target / RECORD_FILE).exists():  # the output is put into place whole, so it came before the signal
             raise Stopped(stopped.signum, f"{target} is there, whole") from None

@@ -16,29 +16,27 @@ from gdagrow.heads import Heads
 
 _ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
 
+# In the order of the model's `named_parameters()`, which numbers the state of an optimizer.
 _ROWS = (
     Parameter("model.embed_tokens.weight", "vocab -> hidden", "embedding"),
-    Parameter("model.layers.{layer}.input_layernorm.weight", "hidden <-", "norm"),
-    Parameter(_ATTENTION + "q_proj.weight", "(((group signal) + group) head_dim) <- hidden", "attention"),
-    Parameter(_ATTENTION + "k_proj.weight", "(2 kv head_dim) <- hidden", "attention"),
-    Parameter(_ATTENTION + "v_proj.weight", "(2 kv head_dim) <- hidden", "attention"),
-    Parameter(_ATTENTION + "o_proj.weight", "hidden <- (group signal 2 head_dim)", "attention"),
     Parameter(_ATTENTION + "lambda_q1", "head_dim", "attention"),
     Parameter(_ATTENTION + "lambda_k1", "head_dim", "attention"),
     Parameter(_ATTENTION + "lambda_q2", "head_dim", "attention"),
     Parameter(_ATTENTION + "lambda_k2", "head_dim", "attention"),
-    Parameter("model.layers.{layer}.post_attention_layernorm.weight", "hidden <-", "norm"),
+    Parameter(_ATTENTION + "q_proj.weight", "(((group signal) + group) head_dim) <- hidden", "attention"),
+    Parameter(_ATTENTION + "q_proj.bias", "(((group signal) + group) head_dim) <-", "attention"),
+    Parameter(_ATTENTION + "k_proj.weight", "(2 kv head_dim) <- hidden", "attention"),
+    Parameter(_ATTENTION + "k_proj.bias", "(2 kv head_dim) <-", "attention"),
+    Parameter(_ATTENTION + "v_proj.weight", "(2 kv head_dim) <- hidden", "attention"),
+    Parameter(_ATTENTION + "v_proj.bias", "(2 kv head_dim) <-", "attention"),
+    Parameter(_ATTENTION + "o_proj.weight", "hidden <- (group signal 2 head_dim)", "attention"),
+    Parameter(_ATTENTION + "o_proj.bias", "hidden <-", "attention"),
     Parameter(_MLP + "gate_proj.weight", "ffn <- hidden", "mlp"),
     Parameter(_MLP + "up_proj.weight", "ffn <- hidden", "mlp"),
     Parameter(_MLP + "down_proj.weight", "hidden <- ffn", "mlp"),
+    Parameter("model.layers.{layer}.input_layernorm.weight", "hidden <-", "norm"),
+    Parameter("model.layers.{layer}.post_attention_layernorm.weight", "hidden <-", "norm"),
     Parameter("model.norm.weight", "hidden <-", "norm"),
-)
-# Not optional: `transformers` goes by `attention_bias` alone, so a stored bias without it would have no effect.
-_BIASES = (
-    Parameter(_ATTENTION + "q_proj.bias", "(((group signal) + group) head_dim) <-", "attention"),
-    Parameter(_ATTENTION + "k_proj.bias", "(2 kv head_dim) <-", "attention"),
-    Parameter(_ATTENTION + "v_proj.bias", "(2 kv head_dim) <-", "attention"),
-    Parameter(_ATTENTION + "o_proj.bias", "hidden <-", "attention"),
 )
 _HEAD = Parameter("lm_head.weight", "vocab <- hidden", "head")
 
@@ -81,9 +79,10 @@ class DiffLlama:
         return bool(config.get("tie_word_embeddings", False))
 
     def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
-        biases = _BIASES if config.get("attention_bias", False) else ()
         head = () if self.is_tied(config) else (_HEAD,)
-        return _ROWS + biases + head
+        # Never optional: `transformers` goes by `attention_bias` alone, so a stored bias without it has no effect.
+        rows = (row for row in _ROWS if config.get("attention_bias", False) or not row.name.endswith(".bias"))
+        return (*rows, *head)
 
     def grown_config(self, config: Mapping[str, Any], grown: Sizes, *, tied: bool) -> dict[str, Any]:
         heads = grown.heads

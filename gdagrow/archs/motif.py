@@ -12,38 +12,39 @@ from gdagrow.heads import Heads
 
 _ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
 
-_ROWS = (
-    Parameter("model.embed_tokens.weight", "vocab -> hidden", "embedding"),
-    Parameter("model.layers.{layer}.input_layernorm.weight", "hidden <-", "norm"),
-    Parameter(_ATTENTION + "q_proj.weight", "(group (signal + 1) head_dim) <- hidden", "attention"),
-    Parameter(_ATTENTION + "k_proj.weight", "(kv 2 head_dim) <- hidden", "attention"),
-    Parameter(_ATTENTION + "v_proj.weight", "(kv 2 head_dim) <- hidden", "attention"),
-    Parameter(_ATTENTION + "o_proj.weight", "hidden <- (group signal 2 head_dim)", "attention"),
-    Parameter(_ATTENTION + "q_proj.bias", "(group (signal + 1) head_dim) <-", "attention", optional=True),
-    Parameter(_ATTENTION + "k_proj.bias", "(kv 2 head_dim) <-", "attention", optional=True),
-    Parameter(_ATTENTION + "v_proj.bias", "(kv 2 head_dim) <-", "attention", optional=True),
-    Parameter(_ATTENTION + "o_proj.bias", "hidden <-", "attention", optional=True),
+# In the order of the model's `named_parameters()`, which numbers the state of an optimizer.
+_EMBEDDING = (Parameter("model.embed_tokens.weight", "vocab -> hidden", "embedding"),)
+_LAYER = (
     Parameter(_ATTENTION + "lambda_q1", "head_dim", "attention"),
     Parameter(_ATTENTION + "lambda_k1", "head_dim", "attention"),
     Parameter(_ATTENTION + "lambda_q2", "head_dim", "attention"),
     Parameter(_ATTENTION + "lambda_k2", "head_dim", "attention"),
+    Parameter(_ATTENTION + "q_proj.weight", "(group (signal + 1) head_dim) <- hidden", "attention"),
+    Parameter(_ATTENTION + "q_proj.bias", "(group (signal + 1) head_dim) <-", "attention", optional=True),
+    Parameter(_ATTENTION + "k_proj.weight", "(kv 2 head_dim) <- hidden", "attention"),
+    Parameter(_ATTENTION + "k_proj.bias", "(kv 2 head_dim) <-", "attention", optional=True),
+    Parameter(_ATTENTION + "v_proj.weight", "(kv 2 head_dim) <- hidden", "attention"),
+    Parameter(_ATTENTION + "v_proj.bias", "(kv 2 head_dim) <-", "attention", optional=True),
+    Parameter(_ATTENTION + "o_proj.weight", "hidden <- (group signal 2 head_dim)", "attention"),
+    Parameter(_ATTENTION + "o_proj.bias", "hidden <-", "attention", optional=True),
     Parameter(_ATTENTION + "subln.weight", "(2 head_dim)", "attention"),
-    Parameter("model.layers.{layer}.post_attention_layernorm.weight", "hidden <-", "norm"),
     Parameter(_MLP + "gate_proj.weight", "ffn <- hidden", "mlp"),
-    Parameter(_MLP + "up_proj.weight", "ffn <- hidden", "mlp"),
-    Parameter(_MLP + "down_proj.weight", "hidden <- ffn", "mlp"),
     Parameter(_MLP + "gate_proj.bias", "ffn <-", "mlp", optional=True),
+    Parameter(_MLP + "up_proj.weight", "ffn <- hidden", "mlp"),
     Parameter(_MLP + "up_proj.bias", "ffn <-", "mlp", optional=True),
+    Parameter(_MLP + "down_proj.weight", "hidden <- ffn", "mlp"),
     Parameter(_MLP + "down_proj.bias", "hidden <-", "mlp", optional=True),
+)
+_ACTIVATIONS = {
+    "poly_norm": (Parameter(_MLP + "act_fn.weight", "3", "mlp"), Parameter(_MLP + "act_fn.bias", "1", "mlp")),
+    "silu": (),
+}
+_NORMS = (
+    Parameter("model.layers.{layer}.input_layernorm.weight", "hidden <-", "norm"),
+    Parameter("model.layers.{layer}.post_attention_layernorm.weight", "hidden <-", "norm"),
     Parameter("model.norm.weight", "hidden <-", "norm"),
 )
-_POLY_NORM = (
-    Parameter(_MLP + "act_fn.weight", "3", "mlp"),
-    Parameter(_MLP + "act_fn.bias", "1", "mlp"),
-)
 _HEAD = Parameter("lm_head.weight", "vocab <- hidden", "head")
-
-_ACTIVATIONS = {"poly_norm": _POLY_NORM, "silu": ()}
 
 
 class Motif:
@@ -82,7 +83,7 @@ class Motif:
 
     def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
         head = () if self.is_tied(config) else (_HEAD,)
-        return _ROWS + _ACTIVATIONS[config["hidden_act"]] + head
+        return _EMBEDDING + _LAYER + _ACTIVATIONS[config["hidden_act"]] + _NORMS + head
 
     def grown_config(self, config: Mapping[str, Any], grown: Sizes, *, tied: bool) -> dict[str, Any]:
         heads = grown.heads

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -167,8 +167,12 @@ def check_free_space(parent: Path, num_bytes: int) -> None:
         )
 
 
-def list_companions(source: Path) -> Companions:
+def list_companions(source: Path, carried: Collection[str] = ()) -> Companions:
     """Say which files of a source directory, weights aside, go with a model grown from it; nothing is written.
+
+    Args:
+        source: The directory.
+        carried: Names of files at its top that go along whatever they are.
 
     Raises:
         CheckpointError: a link leads out of the directory, or a part of it cannot be listed.
@@ -188,21 +192,21 @@ def list_companions(source: Path) -> Companions:
         for name in names:
             path = Path(directory, name)
             relative = path.relative_to(source).as_posix()
-            if reason := _reason_to_skip_file(source, path):
+            if reason := _reason_to_skip_file(source, path, carried):
                 skipped.append(SkippedFile(relative, reason))
             else:
                 copied.append(relative)
     return Companions(tuple(sorted(copied)), tuple(sorted(skipped, key=lambda skip: skip.path)))
 
 
-def copy_companions(source: Path, destination: Path) -> Companions:
+def copy_companions(source: Path, destination: Path, carried: Collection[str] = ()) -> Companions:
     """Copy the companion files of `source` into directory `destination`, links replaced by what they point to.
 
     Raises:
         CheckpointError: as for `list_companions`, before anything is written.
         OutputError: a file cannot be copied.
     """
-    companions = list_companions(source)
+    companions = list_companions(source, carried)
     for relative in companions.copied:
         try:
             (destination / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -223,15 +227,16 @@ def _reason_to_skip_directory(source: Path, path: Path) -> str | None:
     return None
 
 
-def _reason_to_skip_file(source: Path, path: Path) -> str | None:
+def _reason_to_skip_file(source: Path, path: Path, carried: Collection[str]) -> str | None:
     if path.parent == source and (reason := dict(_REWRITTEN).get(path.name)):
         return reason
-    if reason := _reason_by_name(path.name):
+    wanted = path.parent == source and path.name in carried
+    if not wanted and (reason := _reason_by_name(path.name)):
         return reason
     real = require_inside(source, path)
     if not real.is_file():
         return "not a regular file"
-    return _reason_by_name(real.name)
+    return None if wanted else _reason_by_name(real.name)
 
 
 def _reason_by_name(name: str) -> str | None:

@@ -10,17 +10,21 @@ from gdagrow.models.kernels import at_least_float32
 
 # By Higham and Mary (2019) a sum of n terms errs by more than `8 * sqrt(n)` roundings with probability 3e-14.
 _CERTAINTY = 8.0
+# Element by element, between one projection and the next, forward and backward: RoPE, softmax, the difference and its
+# norm, PolyNorm's powers. Long sums make little of them; in a model a few features wide they are most of all roundings.
+_ELEMENTWISE = 32
 
 
 def rounding_budget(dtype: torch.dtype, longest_sum: int, condition: float, *, rounds_weights: bool = False) -> float:
     """The relative difference that rounding alone may cause between two ways to compute the same.
 
     Every projection and norm errs by one rounding of its result in `dtype`, and by `sqrt(n)` roundings of the
-    accumulator for sums of `n` terms; weights that are stored with more bits than `dtype` has are rounded once more,
-    parts and whole differently. The measured `condition` says how much of that reaches the result.
+    accumulator for sums of `n` terms and what is computed between them; weights that are stored with more bits than
+    `dtype` has are rounded once more, parts and whole differently. The measured `condition` says how much of that
+    reaches the result.
     """
     stored, accumulated = torch.finfo(dtype).eps / 2, torch.finfo(at_least_float32(dtype)).eps / 2
-    return _CERTAINTY * condition * (stored * (1 + rounds_weights) + sqrt(longest_sum) * accumulated)
+    return _CERTAINTY * condition * (stored * (1 + rounds_weights) + sqrt(longest_sum + _ELEMENTWISE) * accumulated)
 
 
 class Disturbance:

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from gdagrow.archs import architecture_of
+from gdagrow.rows import in_model_order
 
 BASE: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 12,
@@ -51,6 +52,10 @@ def test_the_table_is_the_model(keys: dict[str, Any]) -> None:
     model = {name: tuple(parameter.shape) for name, parameter in model_of(keys).named_parameters()}
     assert [name for name, count in Counter(name for name, _ in table).items() if count > 1] == [], "covered twice"
     assert dict(table) == model
+    rows = in_model_order(
+        architecture_of(config_of(keys)).table(config_of(keys)), model_of(keys).config.num_hidden_layers
+    )
+    assert [row.name.format(layer=layer) for row, layer in rows] == list(model), "an optimizer numbers its state so"
     assert dict(model_of(keys).named_buffers(remove_duplicate=False)).keys() <= {
         "model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq",
     }, "a buffer that a checkpoint would have to bring"  # fmt: skip

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gdagrow.archs import architecture_of
 from gdagrow.models.gda import GdaConfig, GdaModel
 from gdagrow.models.layers import PROJECTIONS
+from gdagrow.rows import in_model_order
 from tests.growths import RANDOM
 
 BASE: dict[str, Any] = {
@@ -60,6 +61,16 @@ def test_the_table_is_the_model(config: dict[str, Any], bias: frozenset[str]) ->
     table, model = table_shapes(config, bias), model_shapes(config, bias)
     assert [name for name, count in Counter(name for name, _ in table).items() if count > 1] == [], "covered twice"
     assert dict(table) == model
+
+
+@pytest.mark.parametrize("bias", [frozenset(), PROJECTIONS], ids=["no biases", "biases"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+def test_the_order_of_the_table_is_that_of_the_parameters(config: dict[str, Any], bias: frozenset[str]) -> None:
+    with torch.device("meta"):
+        model = GdaModel(GdaConfig.from_dict(config), bias=bias)
+    rows = [row for row in architecture_of(config).table(config) if not row.optional or row.name.split(".")[-2] in bias]
+    ordered = [row.name.format(layer=layer) for row, layer in in_model_order(tuple(rows), config["num_hidden_layers"])]
+    assert ordered == [name for name, _ in model.named_parameters()]
 
 
 @settings(RANDOM)

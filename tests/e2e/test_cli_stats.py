@@ -62,8 +62,8 @@ def test_a_line_a_layer_and_what_copies_have_become(grown: Path, capsys: pytest.
     assert re.fullmatch(r"the parts of split weights: distance [12]\.\d\d%, cosine 0\.999\d{3} on average", clones[1])
     assert [line.split() for line in clones if "copies" in line][1:4] == [
         ["model.embed_tokens", "hidden", "copies", "1", "1", "0"],
-        ["input_layernorm", "hidden", "copies", "1", "1", "0"],
         ["self_attn.q_proj", "signal", "copies", "1", "1", "0"],
+        ["self_attn.o_proj", "hidden", "copies", "1", "1", "0"],
     ]
     assert clones[-1] == f"lineage: {grown / 'growth.json'}"
 

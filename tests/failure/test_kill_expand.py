@@ -27,6 +27,7 @@ import os, signal, sys
 from pathlib import Path
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 
@@ -40,7 +41,7 @@ while sys.stdin.readline():
         code = 1
         try:
             plan = make_plan(read_header(source), make_recipe({"hidden": 2, "ffn": 2}))
-            expand(plan, target, max_shard_bytes=40_000_000)
+            expand(plan, target, weights_output(plan, 40_000_000))
             code = 0
         except KeyboardInterrupt:
             code = 130

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, index_json, plan_shards, tensor_bytes
+from gdagrow.formats.file_layout import TargetTensor
+from gdagrow.formats.file_writer import FileWriter, tensor_bytes
+from gdagrow.formats.safetensors_layout import index_json, plan_shards
 
 HEADER = (
     b'{"__metadata__":{"format":"pt","gdagrow":"1"},'
@@ -25,9 +27,9 @@ def test_shard_bytes_and_hash(tmp_path: Path) -> None:
     targets = [TargetTensor("proj", "BF16", (2, 1)), TargetTensor("norm", "F32", (2,))]
     (layout,) = plan_shards(targets, 100, {"gdagrow": "1"})
     values = {"proj": torch.tensor([[1.0], [-3.0]]).bfloat16(), "norm": torch.tensor([1.0, -2.0])}
-    with ShardWriter(tmp_path / layout.file, layout) as writer:
-        for entry in layout.entries:
-            writer.write(tensor_bytes(values[entry.tensor.name]))
+    with FileWriter(tmp_path / layout.file, layout) as writer:
+        for tensor in layout.tensors:
+            writer.write(tensor_bytes(values[tensor.name]))
         assert writer.close() == SHA256
     assert (tmp_path / "model.safetensors").read_bytes() == SHARD
 
@@ -37,9 +39,9 @@ def test_safetensors_writes_the_same_bytes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     codes = {torch.float32: "F32", torch.float16: "F16"}
     (layout,) = plan_shards([TargetTensor(n, codes[t.dtype], tuple(t.shape)) for n, t in tensors.items()], 1000)
-    with ShardWriter(tmp_path / "ours", layout) as writer:
-        for entry in layout.entries:
-            writer.write(tensor_bytes(tensors[entry.tensor.name]))
+    with FileWriter(tmp_path / "ours", layout) as writer:
+        for tensor in layout.tensors:
+            writer.write(tensor_bytes(tensors[tensor.name]))
         writer.close()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from tests.checkpoints import write_checkpoint
@@ -22,14 +23,14 @@ GROWTHS: dict[str, dict[str, Any]] = {
 }
 
 PINNED = {
-    ("noise", torch.bfloat16): "6f05373b974cf40d1a03c6ab48a0134e80d7a9a8a340b90dba47d251751bbb94",
-    ("noise", torch.float16): "3ddc1ebc9a91464c3ee9a28276abf7d265b1bc49e6913a071a5f4f1892c7ffbe",
-    ("noise", torch.float32): "cb656ee99e506935bc9924cbaa4d9e2c4cf84b83341db9fea925777f7edec6d0",
-    ("noise", torch.float64): "077eb5fc17f5712d01934580a0e16e5607aaa4ee368843ea1f36b1f5c22331c1",
-    ("default noise", torch.bfloat16): "48c6a8a49d1b92a10bcd777ef444657af2343448287ce444109cd5251a7c1fa2",
-    ("default noise", torch.float32): "376e668b0dccbb039126e1349ac410bde8072882a40218c01f60fb4f207575e2",
-    ("exact copies", torch.bfloat16): "52d1f7d90411a616106a9fa694223b54fe28d0761d333f5d08cde76a5ada568f",
-    ("exact copies", torch.float32): "30ae711d6535dd0726634e2e22ca66af0e5f478caf2c83c4d12cea2c881bb16d",
+    ("noise", torch.bfloat16): "102eadee034e410dcfdf69386d1648cda92521a93a6b2b7d2c56857d66941d8a",
+    ("noise", torch.float16): "0ecc35e49c55c33783b77c1712b97be4384493cad76dc8edfb19687bc4d135cd",
+    ("noise", torch.float32): "fe47e7bd4523b17224c732c2c344ad265f857c670f1ae4c24c6543b34538d5ea",
+    ("noise", torch.float64): "411f396c3dd9c76a08df4a631043da2b99222022f0abffcbb1e1b7fe49f68c3c",
+    ("default noise", torch.bfloat16): "7112e154bb50a43ba11671e65519de23b1f78fbfe3859c4fc42c02447018c96f",
+    ("default noise", torch.float32): "fde2c7f23e376c4bee53b2f64368b28dd137cb62f7a6ac77a4a8b287620cee8f",
+    ("exact copies", torch.bfloat16): "0e386345c316844ee1158f12f03b32ad7911ce6e04fd3cbfa4023c5f23d83e0c",
+    ("exact copies", torch.float32): "76495ef0b899bc710b17c76a9eac2ecb960ea79545687e52e802671cdee32f11",
 }
 
 CHANGED = """The grown bytes of {case} are not those that gdagrow wrote before: got sha256
@@ -62,7 +63,7 @@ def write_source(directory: Path, dtype: torch.dtype) -> None:
 def test_grown_bytes(tmp_path: Path, growth: str, dtype: torch.dtype) -> None:
     write_source(tmp_path / "source", dtype)
     plan = make_plan(read_header(tmp_path / "source"), make_recipe(GROWTHS[growth]))
-    expand(plan, tmp_path / "grown", max_shard_bytes=10**9)
+    expand(plan, tmp_path / "grown", weights_output(plan, 10**9))
     got = hashlib.sha256((tmp_path / "grown" / "model.safetensors").read_bytes()).hexdigest()
     assert got == PINNED[growth, dtype], CHANGED.format(case=f"{growth!r} in {dtype}", got=got)
 

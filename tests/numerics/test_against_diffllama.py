@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.gda import GdaConfig, GdaModel
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from tests.diffllama import FLOOR, TOPOLOGIES, as_diffllama, as_motif, diffllama, motif_config
@@ -51,7 +52,7 @@ def test_transformers_sees_the_same_function_after_growth(
     tensors = {name: tensor.contiguous() for name, tensor in as_motif(source).items()}
     save_file(tensors, tmp_path / "source" / "model.safetensors")
     plan = make_plan(read_header(tmp_path / "source"), make_recipe(growth))
-    expand(plan, tmp_path / "grown", max_shard_bytes=10**9)
+    expand(plan, tmp_path / "grown", weights_output(plan, 10**9))
     grown_config = json.loads((tmp_path / "grown" / "config.json").read_text())
     grown = as_diffllama(load_file(tmp_path / "grown" / "model.safetensors"), grown_config, source)
     assert sum(p.numel() for p in grown.parameters()) > sum(p.numel() for p in source.parameters())

@@ -13,6 +13,7 @@ from gdagrow.errors import CheckpointError, CompareError
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.gda import load_model
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from gdagrow.verify.logits import compare
@@ -32,7 +33,8 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def grow(source: Path, grown: Path, **recipe: object) -> None:
-    expand(make_plan(read_header(source), make_recipe(recipe)), grown, max_shard_bytes=10**9)
+    plan = make_plan(read_header(source), make_recipe(recipe))
+    expand(plan, grown, weights_output(plan, 10**9))
 
 
 def edit(directory: Path, name: str, change: object) -> None:
@@ -70,8 +72,8 @@ def test_growth_stays_well_within_the_budget_whatever_the_condition(
 
 
 def test_the_budget_is_the_formula_of_the_docs() -> None:
-    assert rounding_budget(torch.float64, 100, 2.0) == 8 * 2.0 * (2.0**-53 + 10 * 2.0**-53)
-    assert rounding_budget(torch.bfloat16, 100, 2.0) == 8 * 2.0 * (2.0**-8 / 1 + 10 * 2.0**-24)
+    assert rounding_budget(torch.float64, 68, 2.0) == 8 * 2.0 * (2.0**-53 + 10 * 2.0**-53)
+    assert rounding_budget(torch.bfloat16, 68, 2.0) == 8 * 2.0 * (2.0**-8 / 1 + 10 * 2.0**-24)
 
 
 @pytest.mark.parametrize("name", [

@@ -68,10 +68,11 @@ def test_moments_of_exact_copies_by_powers_of_two_can_all_be_carried(source: Pat
     assert max(tensor.mirror / tensor.tolerance for tensor in found.tensors) < 0.5
 
 
-@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 1e-3, 8e-3), (torch.float32, 1e-8, 1e-6)])
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 1e-3, 2**-6), (torch.float32, 1e-8, 1e-6)])
 def test_thirds_are_equal_up_to_the_grid_of_their_dtype(
     tmp_path: Path, dtype: torch.dtype, least: float, most: float
 ) -> None:
+    # A part is off by half a unit in its last place, 2^-8 of a bf16; sums of such weights with signs by somewhat more.
     write_checkpoint(tmp_path / "source", dtype=dtype, scale=0.6, extra=EPS)
     grow(tmp_path / "source", tmp_path / "grown", {"ffn": 3, "exact_copies": True})
     found = compare_gradients(tmp_path / "source", tmp_path / "grown", TOKENS)

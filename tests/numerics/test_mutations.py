@@ -15,6 +15,7 @@ from torch import Tensor
 from gdagrow.errors import CheckpointError, CompareError
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from gdagrow.verify import tensors
@@ -300,7 +301,7 @@ def test_a_shard_from_another_run(tmp_path: Path) -> None:
     for run, seed in (("a", 0), ("b", 1)):
         write_checkpoint(tmp_path / run, seed=seed)
         plan = make_plan(read_header(tmp_path / run), make_recipe(RECIPE))
-        expand(plan, tmp_path / f"{run}-grown", max_shard_bytes=30_000)
+        expand(plan, tmp_path / f"{run}-grown", weights_output(plan, 30_000))
     shards = read_header(tmp_path / "a-grown").shards
     assert len(shards) > 2
     assert check_weights(tmp_path / "a", tmp_path / "a-grown").equivalent

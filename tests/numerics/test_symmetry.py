@@ -10,6 +10,7 @@ from torch import Tensor
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.gda import GdaModel, load_model
+from gdagrow.output import weights_output
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe
 from tests.checkpoints import write_checkpoint
@@ -21,7 +22,7 @@ def grown_and_trained(directory: Path, dtype: torch.dtype, **recipe: object) -> 
     """Grow a random checkpoint, train it on random tokens with AdamW, weights in `dtype`."""
     write_checkpoint(directory / "source", dtype=dtype, scale=0.1)
     plan = make_plan(read_header(directory / "source"), make_recipe(recipe))
-    expand(plan, directory / "grown", max_shard_bytes=10**9)
+    expand(plan, directory / "grown", weights_output(plan, 10**9))
     model = load_model(directory / "grown")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)

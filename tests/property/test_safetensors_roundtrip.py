@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from gdagrow.formats.file_layout import TargetTensor
+from gdagrow.formats.file_writer import FileWriter, tensor_bytes
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.safetensors_layout import index_json, plan_shards
 from gdagrow.formats.safetensors_reader import TORCH_DTYPES, TensorReader
-from gdagrow.formats.safetensors_writer import ShardWriter, TargetTensor, index_json, plan_shards, tensor_bytes
 
 TENSORS = st.lists(
     st.tuples(
@@ -43,15 +45,15 @@ def test_what_is_written_is_read_back_bit_for_bit_by_us_and_by_safetensors(
     torch.manual_seed(seed)
     values = {target.name: random_bits(target) for target in targets}
     layouts = plan_shards(targets, max_shard_bytes)
-    assert sorted(entry.tensor.name for layout in layouts for entry in layout.entries) == sorted(values)
+    assert sorted(tensor.name for layout in layouts for tensor in layout.tensors) == sorted(values)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         theirs: dict[str, torch.Tensor] = {}
         for layout in layouts:
             path = directory / layout.file
-            with ShardWriter(path, layout) as writer:
-                for entry in layout.entries:
-                    content = tensor_bytes(values[entry.tensor.name])
+            with FileWriter(path, layout) as writer:
+                for tensor in layout.tensors:
+                    content = tensor_bytes(values[tensor.name])
                     for start in range(0, len(content), cuts):
                         writer.write(content[start : start + cuts])
                 assert writer.close() == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -21,6 +21,7 @@ from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.heads import grow_heads
 from gdagrow.models.config import GdaConfig
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.reading import ViewReader, open_reader
 from gdagrow.recipe import make_recipe
@@ -206,7 +207,8 @@ def test_a_motif_checkpoint_is_its_own_view(tmp_path: Path) -> None:
 def test_the_record_says_what_was_converted(stored: Path, tmp_path: Path) -> None:
     for recipe, converted in (({"to": "motif"}, "diffllama"), ({"uniform": 2}, None)):
         target = tmp_path / str(converted)
-        expand(make_plan(read_header(stored), make_recipe(dict(recipe))), target, max_shard_bytes=10**9)
+        plan = make_plan(read_header(stored), make_recipe(dict(recipe)))
+        expand(plan, target, weights_output(plan, 10**9))
         record = json.loads((target / "growth.json").read_text())
         assert (record["converted_from"], record["architecture"]) == (converted, "motif" if converted else "diffllama")
         assert record["recipe"] == recipe
@@ -221,9 +223,9 @@ def test_the_bytes_do_not_depend_on_the_chunks(tmp_path: Path, monkeypatch: pyte
     """320 rows of queries in chunks of 128, which end inside a head of 40."""
     save_diffllama(tmp_path / "source", (512, 8, 1, 8, 4, 40, False), dtype=torch.bfloat16)
     plan = make_plan(read_header(tmp_path / "source"), make_recipe({"to": "motif", "signal": 2, "hidden": 2}))
-    expand(plan, tmp_path / "whole", max_shard_bytes=10**9)
-    monkeypatch.setattr("gdagrow.expand.CHUNK_BYTES", 1)
-    expand(plan, tmp_path / "pieces", max_shard_bytes=10**9)
+    expand(plan, tmp_path / "whole", weights_output(plan, 10**9))
+    monkeypatch.setattr("gdagrow.streaming.CHUNK_BYTES", 1)
+    expand(plan, tmp_path / "pieces", weights_output(plan, 10**9))
     whole, pieces = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "pieces"))
     assert whole == pieces
     assert check_weights(tmp_path / "source", tmp_path / "pieces").equivalent

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import gdagrow.expand
+import gdagrow.streaming
 from gdagrow.axes import AxisMaps, IndexMap, parse
 from gdagrow.engine import grow_moment, grow_rows, grow_tensor
 from gdagrow.expand import expand
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.growth import TensorGrowth, block_rows
+from gdagrow.output import weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from gdagrow.split import Noise
@@ -148,15 +149,15 @@ def test_neither_chunk_size_nor_threads_change_the_bytes(
     recipe = make_recipe({"signal": "4:1", "hidden": 2, "ffn": 3, "exact_copies": exact_copies})
     plan = make_plan(read_header(tmp_path / "source"), recipe)
     assert max(t.growth.rows.old_size / block_rows(t.growth) for t in plan.tensors) > 11
-    expand(plan, tmp_path / "usual", max_shard_bytes=10**9)
+    expand(plan, tmp_path / "usual", weights_output(plan, 10**9))
     usual = bytes_of(tmp_path / "usual")
     counted: list[int] = []
     for chunk_bytes, threads in ((1, 1), (600_000, 3), (10**7, 1)):
-        monkeypatch.setattr(gdagrow.expand, "CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(gdagrow.expand, "num_workers", lambda threads=threads: threads)
+        monkeypatch.setattr(gdagrow.streaming, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(gdagrow.streaming, "num_workers", lambda threads=threads: threads)
         chunks: list[int] = []
         target = tmp_path / f"{chunk_bytes}-{threads}"
-        expand(plan, target, max_shard_bytes=10**9, progress=chunks.append)
+        expand(plan, target, weights_output(plan, 10**9), progress=chunks.append)
         assert bytes_of(target) == usual
         assert sum(chunks) == plan.num_bytes
         counted.append(len(chunks))
@@ -168,7 +169,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     written = {}
     for name, seed in (("first", 5), ("second", 5), ("third", 6)):
         plan = make_plan(read_header(tmp_path / "source"), make_recipe({"hidden": 2, "seed": seed}))
-        expand(plan, tmp_path / name, max_shard_bytes=10**9)
+        expand(plan, tmp_path / name, weights_output(plan, 10**9))
         written[name] = bytes_of(tmp_path / name)
     assert written["first"] == written["second"]
     assert written["first"]["model.safetensors"] != written["third"]["model.safetensors"]

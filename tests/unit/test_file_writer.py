@@ -6,20 +6,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gdagrow.formats.file_layout import FileLayout, TargetTensor
+from gdagrow.formats.file_writer import BLOCK_BYTES, FileWriter, tensor_bytes
 from gdagrow.formats.safetensors_header import read_shard
-from gdagrow.formats.safetensors_writer import (
-    BLOCK_BYTES,
-    ShardLayout,
-    ShardWriter,
-    TargetTensor,
-    index_json,
-    plan_shards,
-    tensor_bytes,
-)
+from gdagrow.formats.safetensors_layout import index_json, plan_shards
 
 
-def names(layout: ShardLayout) -> list[str]:
-    return [entry.tensor.name for entry in layout.entries]
+def names(layout: FileLayout) -> list[str]:
+    return [tensor.name for tensor in layout.tensors]
 
 
 def test_shards_are_filled_in_order_up_to_the_limit() -> None:
@@ -44,11 +38,12 @@ def test_every_tensor_is_aligned_to_its_items_and_order_is_kept_within_a_size() 
     ]
     (layout,) = plan_shards(tensors, 1000, {"made": "by ü"})
     assert names(layout) == ["double", "single", "half", "half2", "flag"]
-    assert [(entry.start, entry.stop) for entry in layout.entries] == [(0, 8), (8, 8), (8, 14), (14, 16), (16, 17)]
-    assert len(layout.header) % 8 == 0
-    assert layout.file_bytes == len(layout.header) + 17
-    header = json.loads(layout.header[8:])
-    assert header["__metadata__"] == {"format": "pt", "made": "by ü"}
+    ((at, octets),) = layout.literals
+    assert (at, len(octets) % 8, layout.file_bytes) == (0, 0, len(octets) + 17)
+    header = json.loads(octets[8:])
+    assert header.pop("__metadata__") == {"format": "pt", "made": "by ü"}
+    offsets = [tuple(entry["data_offsets"]) for entry in header.values()]
+    assert offsets == [(0, 8), (8, 8), (8, 14), (14, 16), (16, 17)]
 
 
 def test_index_is_what_transformers_expects() -> None:
@@ -69,7 +64,7 @@ def test_file_and_hash_for_all_kinds_of_lengths(tmp_path: Path, sizes: list[int]
     tensors = {f"t{i}": torch.randint(0, 256, (size,), dtype=torch.uint8) for i, size in enumerate(sizes)}
     (layout,) = plan_shards([TargetTensor(name, "U8", tuple(t.shape)) for name, t in tensors.items()], 1 << 40)
     path = tmp_path / layout.file
-    with ShardWriter(path, layout) as writer:
+    with FileWriter(path, layout) as writer:
         for tensor in tensors.values():
             buffer = tensor.clone()
             writer.write(tensor_bytes(buffer))
@@ -77,12 +72,27 @@ def test_file_and_hash_for_all_kinds_of_lengths(tmp_path: Path, sizes: list[int]
         digest = writer.close()
     content = path.read_bytes()
     assert len(content) == layout.file_bytes
-    assert content.startswith(layout.header)
+    assert content.startswith(layout.literals[0][1])
     assert digest == hashlib.sha256(content).hexdigest()
     with safe_open(path, "pt") as file:
         for name, tensor in tensors.items():
             assert torch.equal(file.get_tensor(name), tensor)
     assert list(read_shard(path)[0]) == list(tensors)
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 100])
+def test_literals_stand_where_the_layout_says(tmp_path: Path, step: int) -> None:
+    tensors = TargetTensor("a", "U8", (5,)), TargetTensor("none", "U8", (0,)), TargetTensor("b", "U8", (6,))
+    literals = (0, b"<"), (0, b"a:"), (3, b"|"), (5, b" none: b:"), (11, b">"), (11, b"end")
+    layout = FileLayout("f", tensors, literals)
+    given = b"aaaaabbbbbb"
+    with FileWriter(tmp_path / "f", layout) as writer:
+        for start in range(0, len(given), step):
+            writer.write(memoryview(given[start : start + step]))
+        digest = writer.close()
+    content = b"<a:aaa|aa none: b:bbbbbb>end"
+    assert (tmp_path / "f").read_bytes() == content
+    assert (layout.file_bytes, digest) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_memory_is_a_few_blocks_whatever_is_given(tmp_path: Path) -> None:
@@ -94,7 +104,7 @@ def test_memory_is_a_few_blocks_whatever_is_given(tmp_path: Path) -> None:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
 
     before = anonymous()
-    with ShardWriter(tmp_path / "s", layout) as writer:
+    with FileWriter(tmp_path / "s", layout) as writer:
         for _ in range(2):
             writer.write(tensor_bytes(buffer))
             assert anonymous() - before < 5 * BLOCK_BYTES

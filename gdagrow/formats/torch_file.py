@@ -1,0 +1,195 @@
+"""Files of `torch.save`: read where their tensors lie without reading them, and laid out without having them.
+
+The pickle inside is read by torch with `weights_only`, so code in it is refused and never run. Tensors stay where they
+are: in the tree that is returned a `TensorInfo` stands for each. The same way back: torch itself writes the file around
+holes, and what stands between the holes becomes the literals of a `FileLayout`, so that a file larger than memory can
+be written as a stream. The checksums of its records stay zero, which torch does not look at.
+"""
+
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.file_layout import FileLayout, TargetTensor
+from gdagrow.header import TensorInfo
+
+DTYPES: Final = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def read_torch_file(path: Path) -> Any:
+    """Read what `torch.save` wrote, with a `TensorInfo` in the place of each tensor: its name is its path in the tree.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not of torch's zip format, or asks for more than tensors and plain
+            values; nothing in it is run.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _require_plain_zip(path)
+    try:
+        with FakeTensorMode():
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} asks for more than tensors and plain values ({_first_reason(error)}); it was not run: save the "
+            "state as torch's own optimizers do"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged ({_first_line(error)}); restore the file") from None
+    size = path.stat().st_size
+    return map_leaves(tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf)
+
+
+def lay_out_torch_file(file: str, tree: Any) -> FileLayout:
+    """Lay out the file that `torch.save` would write of `tree`.
+
+    Args:
+        file: Its name.
+        tree: Nested dicts, lists and tuples of plain values, small tensors, which are written as they are, and
+            `TargetTensor`s, whose bytes are written later in the order of the layout.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with tempfile.TemporaryDirectory(prefix="gdagrow-") as scratch:
+        path = Path(scratch, file)
+        with FakeTensorMode():
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(map_leaves(tree, lambda _, leaf: _hollow(leaf)), path)
+            written = torch.load(path, weights_only=True)
+        holes = [
+            (_offset(hole), wanted)
+            for wanted, hole in zip(_leaves(tree), _leaves(written), strict=True)
+            if isinstance(wanted, TargetTensor | Tensor)
+        ]
+        return _around(path, sorted(holes, key=lambda hole: hole[0]))
+
+
+def _around(path: Path, holes: list[tuple[int, TargetTensor | Tensor]]) -> FileLayout:
+    """The layout of a file with holes, in order, for these tensors; those that are at hand are put in."""
+    tensors: list[TargetTensor] = []
+    literals: list[tuple[int, bytes]] = []
+    num_bytes = at = 0
+    pending = b""
+    with path.open("rb") as hollow:
+        for start, tensor in holes:
+            pending += hollow.read(start - at)
+            if isinstance(tensor, Tensor):
+                pending += _octets(tensor)
+                at = start + tensor.nbytes
+            else:
+                literals.append((num_bytes, pending))
+                pending = b""
+                tensors.append(tensor)
+                num_bytes += tensor.num_bytes
+                at = start + tensor.num_bytes
+            hollow.seek(at)
+        literals.append((num_bytes, pending + hollow.read()))
+    return FileLayout(path.name, tuple(tensors), tuple(literals))
+
+
+def _octets(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def read_small(path: Path, info: TensorInfo) -> Tensor:
+    """Read a whole tensor that `read_torch_file` found, such as a step count."""
+    with path.open("rb") as file:
+        file.seek(info.start)
+        octets = bytearray(file.read(info.stop - info.start))
+    return torch.frombuffer(octets, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+
+def map_leaves(tree: Any, change: Callable[[str, Any], Any], path: str = "") -> Any:
+    """A tree of dicts, lists and tuples with each leaf changed; `change` gets its path, keys joined by slashes."""
+    if isinstance(tree, dict):
+        kind = OrderedDict if isinstance(tree, OrderedDict) else dict
+        return kind((key, map_leaves(value, change, _join(path, key))) for key, value in tree.items())
+    if type(tree) in (list, tuple):
+        return type(tree)(map_leaves(value, change, _join(path, index)) for index, value in enumerate(tree))
+    return change(path, tree)
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from _leaves(value)
+    elif type(tree) in (list, tuple):
+        for value in tree:
+            yield from _leaves(value)
+    else:
+        yield tree
+
+
+def _hollow(leaf: Any) -> Any:
+    if isinstance(leaf, TargetTensor):
+        return torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype])
+    return torch.empty(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _offset(tensor: Tensor) -> int:
+    """Where a tensor that was loaded in fake mode begins in its file."""
+    start = tensor.untyped_storage()._checkpoint_offset
+    assert start is not None, "loaded in fake mode"
+    return start + int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _located(path: Path, name: str, tensor: Tensor, file_bytes: int) -> TensorInfo:
+    code = _CODES.get(tensor.dtype)
+    if code is None or not tensor.is_contiguous():
+        raise CheckpointError(
+            f"{path}: tensor {name}: expected a dtype of {', '.join(DTYPES)} and elements in order, got {tensor.dtype} "
+            f"with strides {list(tensor.stride())}; save a contiguous copy"
+        )
+    start = _offset(tensor)
+    stop = start + tensor.nbytes
+    if stop > file_bytes:
+        raise CheckpointError(f"{path}: tensor {name} ends beyond the file; restore the file")
+    return TensorInfo(name, code, tuple(tensor.shape), path.name, start, stop)
+
+
+def _require_plain_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            order = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is not a file in torch's zip format ({_first_line(error)}); restore it, or load and save it once "
+            "with a current torch"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(f"{path} is compressed, which torch never does; load and save it once with torch")
+    if any(octets != b"little" for octets in order):
+        raise CheckpointError(
+            f"{path} was written on a big-endian machine; load and save it once on a little-endian one"
+        )
+
+
+def _first_reason(error: Exception) -> str:
+    """What the unpickler refused, without torch's advice on how to run it all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    refused = [line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")]
+    line = (refused or lines or ["no reason given"])[0]
+    return line.partition(" was not an allowed global")[0].removeprefix("WeightsUnpickler error: ").rstrip(".")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,146 @@
+"""Grow tensors as a stream of bytes: chunk by chunk, in order, on worker threads and in a few buffers that go round."""
+
+import queue
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from gdagrow.engine import grow_moment_rows, grow_rows
+from gdagrow.formats.file_layout import TargetTensor
+from gdagrow.formats.file_writer import tensor_bytes
+from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.torch_file import DTYPES
+from gdagrow.growth import TensorGrowth, block_rows
+from gdagrow.header import ITEM_BYTES
+from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, num_workers
+from gdagrow.split import Noise
+
+
+@dataclass(frozen=True)
+class GrownTensor:
+    """A tensor to be streamed.
+
+    name: Its name, which decides the random words of its noise.
+    files: Which of the readers has the stored tensor; None for a moment that begins at zero.
+    source: The stored tensor's name there.
+    dtype: Safetensors dtype code, the stored tensor's own.
+    growth: Its index maps.
+    power: None for a weight; for an optimizer moment, the power of the copies that it is divided by.
+    noise: Zero-sum noise on what is split, or None.
+    """
+
+    name: str
+    files: str | None
+    source: str
+    dtype: str
+    growth: TensorGrowth
+    power: int | None = None
+    noise: Noise | None = None
+
+    @property
+    def target(self) -> TargetTensor:
+        return TargetTensor(self.name, self.dtype, self.growth.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.growth.columns.size * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Grow source rows `[start, stop)` of a tensor seen as `[rows, columns]`; they are the next rows of the output.
+
+    `copies`: how often those rows stand in the grown tensor; `again`: whether they come once more further down.
+    """
+
+    tensor: GrownTensor
+    start: int
+    stop: int
+    copies: int
+    again: bool
+
+
+_Grown = tuple[memoryview, Tensor]  # a chunk, and the buffer that holds it
+
+
+class Grower:
+    """Grows tensors in order. Use as a context manager."""
+
+    def __init__(self, readers: Mapping[str, TensorReader]) -> None:
+        """`readers`: see `GrownTensor.files`."""
+        self._readers = readers
+        # Each worker is one thread; torch's own threads would only get in its way.
+        self._workers = ThreadPoolExecutor(num_workers(), "gdagrow-grow", torch.set_num_threads, (1,))
+        # The buffer used last is used next: those that are never needed are never touched, and take no memory.
+        self._free: queue.LifoQueue[Tensor] = queue.LifoQueue()
+        for _ in range(LOOKAHEAD + 1 + KEPT_CHUNKS):
+            self._free.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
+
+    def __enter__(self) -> "Grower":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.shutdown(cancel_futures=True)
+
+    def chunks(self, tensors: Iterable[GrownTensor]) -> Iterator[memoryview]:
+        """Yield the grown bytes of tensors in order; a chunk may be overwritten once the next is asked for."""
+        jobs = (job for tensor in tensors for job in _jobs(tensor))
+        ahead: deque[tuple[_Job, Future[_Grown]]] = deque()
+        kept: dict[tuple[str, int], Future[_Grown]] = {}  # by tensor and first row
+        while True:
+            for job in islice(jobs, LOOKAHEAD - len(ahead)):
+                key = job.tensor.name, job.start
+                grown = kept.get(key) or self._workers.submit(self._grow, job)
+                if job.again and len(kept) < KEPT_CHUNKS:
+                    kept[key] = grown
+                ahead.append((job, grown))
+            if not ahead:
+                break
+            job, grown = ahead.popleft()
+            chunk, buffer = grown.result()
+            yield chunk
+            if not job.again:
+                kept.pop((job.tensor.name, job.start), None)
+            if kept.get((job.tensor.name, job.start)) is not grown:
+                self._free.put(buffer)
+
+    def _grow(self, job: _Job) -> _Grown:
+        tensor, num_rows = job.tensor, job.stop - job.start
+        num_bytes = num_rows * tensor.row_bytes
+        buffer = self._free.get()
+        if buffer.numel() < num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        grown = buffer[:num_bytes].view(DTYPES[tensor.dtype]).view(num_rows, -1)
+        source = self._read(job)
+        if source is None:
+            grown.zero_()
+        elif tensor.power is None:
+            grow_rows(tensor.growth, source, grown, first_row=job.start, name=tensor.name, noise=tensor.noise)
+        else:
+            grow_moment_rows(tensor.growth, source, grown, row_copies=job.copies, power=tensor.power)
+        return tensor_bytes(buffer[:num_bytes]), buffer
+
+    def _read(self, job: _Job) -> Tensor | None:
+        if job.tensor.files is None:
+            return None
+        reader = self._readers[job.tensor.files]
+        if len(job.tensor.growth.dims) == 1:
+            return reader.tensor(job.tensor.source).unsqueeze(0)
+        return reader.rows(job.tensor.source, job.start, job.stop)
+
+
+def _jobs(tensor: GrownTensor) -> Iterator[_Job]:
+    """A tensor's rows in chunks, cut where blocks of source rows end so that no random word is drawn twice."""
+    block = block_rows(tensor.growth)
+    rows = max(1, CHUNK_BYTES // (tensor.row_bytes * block)) * block
+    for segment in tensor.growth.rows.segments:
+        start, stop = segment.old, segment.old + segment.length
+        for cut in range(start - start % rows, stop, rows):
+            yield _Job(
+                tensor, max(cut, start), min(cut + rows, stop), segment.copies, segment.copy + 1 < segment.copies
+            )

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, set_seed
 
 import gdagrow.models.hf  # noqa: F401  (registers the Motif classes)
 
 
-def build_model(config: Mapping[str, Any], weights: Path | None, seed: int, *, is_first: bool) -> PreTrainedModel:
-    """The model in float32.
+def build_model(config: Mapping[str, Any], weights: Path | None, seed: int, *, is_first: bool) -> Any:
+    """The model, a `PreTrainedModel`, in float32.
 
     Args:
         config: Of `config.json`.
@@ -29,7 +29,7 @@ def build_model(config: Mapping[str, Any], weights: Path | None, seed: int, *, i
     return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
 
 
-def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+def _empty(config: PreTrainedConfig) -> Any:
     """A model whose memory is set aside and never touched."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

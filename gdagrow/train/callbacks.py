@@ -29,9 +29,7 @@ class RunCallback(TrainerCallback):
         self._recipe, self._stop_at, self._write, self._tick = recipe, stop_at, write, tick
         self._logged_step, self._logged_at = 0, 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)  # a state that was loaded brought its own intervals
         self._logged_step, self._logged_at = state.global_step, time.monotonic()
 

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,6 +17,9 @@ from torch.utils.data import Dataset
 
 from gdagrow.errors import TrainError
 from gdagrow.train.recipe import DataSource
+
+# Stands in a path for the directory of Python's own library: text that is there wherever this runs.
+STDLIB: Final = "{stdlib}"
 
 _TEXT_BYTES: Final = 2**22  # of a text that are tokenised at once, up to the end of a line
 _ROWS: Final = 1000  # of JSONL or parquet that are tokenised at once
@@ -90,7 +94,7 @@ def prepare_tokens(source: DataSource, directory: Path, vocab: int, end_of_text:
         TrainError: a file is missing or cannot be read, or its tokens are not the model's.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    described = {"source": source.model_dump(mode="json")}
+    described: dict[str, Any] = {"source": source.model_dump(mode="json")}
     for part, patterns in (("train", source.train), ("evaluation", source.evaluation)):
         described[part] = _prepared(patterns, source, directory, part, vocab, end_of_text) if patterns else []
     (directory / _DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
@@ -137,7 +141,8 @@ def _prepared(
 
 
 def _matching(pattern: str) -> list[Path]:
-    found = sorted(Path(path).absolute() for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    wanted = pattern.replace(STDLIB, sysconfig.get_path("stdlib"))
+    found = sorted(Path(path).absolute() for path in glob.glob(wanted, recursive=True) if os.path.isfile(path))
     if not found:
         raise TrainError(f"data: {pattern} matches no file; give the path of a text, JSONL, parquet or token file")
     return found
@@ -199,7 +204,7 @@ def _pieces(path: Path) -> Iterator[list[bytes]]:
 def _rows(path: Path, key: str) -> Iterator[list[bytes]]:
     """The texts of a JSONL or parquet file, some rows at a time."""
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped]
     except ModuleNotFoundError:
         raise TrainError(f"{path} needs the datasets package: pip install 'gdagrow[train]'") from None
     datasets.utils.logging.set_verbosity_error()

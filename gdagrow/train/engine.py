@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from gdagrow.record import RECORD_FILE
 from gdagrow.train.configs import is_sharded
@@ -26,7 +26,10 @@ def arguments(recipe: TrainRecipe, run: Path, num_processes: int, *, evaluate_fi
     """What the Trainer is told of a recipe."""
     at_once, accumulation = shares_of(recipe, num_processes)
     optimizer = recipe.optimizer
-    fsdp = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+    sharding: Any = {}
+    if num_processes > 1:
+        fsdp = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+        sharding = {"fsdp": True, "fsdp_config": fsdp}
     return TrainingArguments(
         output_dir=str(run),
         max_steps=recipe.steps,
@@ -59,11 +62,11 @@ def arguments(recipe: TrainRecipe, run: Path, num_processes: int, *, evaluate_fi
         report_to=[],
         disable_tqdm=True,
         log_level="error",
-        **({"fsdp": True, "fsdp_config": fsdp} if num_processes > 1 else {}),
+        **sharding,
     )
 
 
-class RunTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+class RunTrainer(Trainer):
     """The Trainer on a recipe's run directory.
 
     Several processes shard with FSDP2, on CPUs too; states appear whole; a state of any number of processes is loaded
@@ -71,25 +74,34 @@ class RunTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     Args:
         recipe: The run.
-        state_of: The directory whose `growth.json`, if any, belongs to this model and goes with its states.
+        run: Its directory.
+        record_in: The directory whose `growth.json`, if any, is this model's and goes with its states.
+        model: With the weights to go on from, unless these are sharded.
+        given: Anything else that the Trainer takes.
     """
 
-    def __init__(self, *, recipe: TrainRecipe, state_of: Path | None, **given: Any) -> None:
-        self._recipe, self._state_of = recipe, state_of
+    def __init__(
+        self, recipe: TrainRecipe, run: Path, record_in: Path | None, model: PreTrainedModel, **given: Any
+    ) -> None:
+        self._recipe, self._run, self._record_in, self._trained = recipe, run, record_in, model
         self._is_saving = False
-        super().__init__(**given)
+        super().__init__(model=model, **given)
 
     def create_accelerator_and_postprocess(self) -> None:
+        """Turn to FSDP2 on CPUs too, and keep the loss out of its mixed precision."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp_plugin_args is None:
             return
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+        from accelerate.utils import (  # type: ignore[import-untyped]
+            DistributedType,
+            FullyShardedDataParallelPlugin,
+        )
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         state = self.accelerator.state
         if self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate turns to FSDP on accelerators only and falls back to replicas without a word; all that it does
-            # then works on CPUs as well.
+            # accelerate knows FSDP on accelerators only, and on CPUs makes replicas without a word; told that it is
+            # FSDP, all that it does works on CPUs as well.
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
@@ -100,10 +112,15 @@ class RunTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The recipe's schedule; see `gdagrow.train.schedule`."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, partial(learning_rate_factor, self._recipe))
+        if not isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler = LambdaLR(optimizer or self._optimizer, partial(learning_rate_factor, self._recipe))
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None
+        return self.optimizer
 
     # Loading
 
@@ -113,46 +130,41 @@ class RunTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             if self.is_fsdp_enabled:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
-                load_sharded(state, self.model)
+                load_sharded(state, self._trained)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = Path(checkpoint)
-        if is_sharded(state) != self.is_fsdp_enabled:
-            if is_sharded(state):
-                load_sharded(state, self.model, self.optimizer)
-            else:
-                load_whole_optimizer(state, self.model, self.optimizer)
-            self.lr_scheduler.load_state_dict(torch.load(state / "scheduler.pt", weights_only=True))
-        else:
+        state, scheduler = Path(checkpoint), self.create_scheduler(0)
+        if is_sharded(state) == self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
-        self._follow_recipe()
+        else:
+            load = load_sharded if is_sharded(state) else load_whole_optimizer
+            load(state, self._trained, self._optimizer)
+            scheduler.load_state_dict(torch.load(state / "scheduler.pt", weights_only=True))
+        self._follow_recipe(scheduler)
 
-    def _follow_recipe(self) -> None:
+    def _follow_recipe(self, scheduler: LambdaLR) -> None:
         """Undo what a state says of the settings: the recipe says it, and a user may have changed it meanwhile."""
-        settings = self._recipe.optimizer
-        values: dict[str, Any] = {"initial_lr": settings.learning_rate}
-        values |= {"betas": settings.betas, "eps": settings.eps} if settings.name == "adamw" else {
-            "momentum": settings.momentum
-        }  # fmt: skip
-        factor = learning_rate_factor(self._recipe, self.lr_scheduler.last_epoch)
-        for number, group in enumerate(self.optimizer.param_groups):
-            decay = 0.0 if number else settings.weight_decay  # the Trainer puts what decays first
-            group.update(values, lr=settings.learning_rate * factor, weight_decay=decay)
-        self.lr_scheduler.base_lrs = [settings.learning_rate] * len(self.optimizer.param_groups)
+        settings, groups = self._recipe.optimizer, self._optimizer.param_groups
+        own = ("betas", "eps") if settings.name == "adamw" else ("momentum",)
+        factor = learning_rate_factor(self._recipe, scheduler.last_epoch)
+        for number, group in enumerate(groups):
+            group |= {key: getattr(settings, key) for key in own}
+            group |= {"initial_lr": settings.learning_rate, "lr": settings.learning_rate * factor}
+            group["weight_decay"] = 0.0 if number else settings.weight_decay  # the Trainer puts what decays first
+        scheduler.base_lrs = [settings.learning_rate for _ in groups]
 
     # Saving
 
     def _get_output_dir(self, trial: Any) -> str:
-        run = Path(self.args.output_dir)
-        return str(saving_directory(run) if self._is_saving else run)
+        return str(saving_directory(self._run) if self._is_saving else self._run)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run, name = Path(self.args.output_dir), checkpoint_name(self.state.global_step)
-        partial_state = saving_directory(run) / name
+        name = checkpoint_name(self.state.global_step)
+        written = saving_directory(self._run) / name
         if self.args.should_save:
-            shutil.rmtree(partial_state, ignore_errors=True)
+            shutil.rmtree(written, ignore_errors=True)
         self._wait()
         self._is_saving = True
         try:
@@ -161,12 +173,12 @@ class RunTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self._is_saving = False
         self._wait()
         if self.args.should_save:
-            self.model.config.save_pretrained(partial_state)
-            if self._state_of is not None and (self._state_of / RECORD_FILE).exists():
-                shutil.copyfile(self._state_of / RECORD_FILE, partial_state / RECORD_FILE)
-            (partial_state / "training_args.bin").unlink(missing_ok=True)  # a pickle, of settings that the recipe has
-            publish(run, name)
-            keep_last(run, self._recipe.keep)
+            self._trained.config.save_pretrained(written)  # beside shards too, since growth needs it
+            if self._record_in is not None and (self._record_in / RECORD_FILE).exists():
+                shutil.copyfile(self._record_in / RECORD_FILE, written / RECORD_FILE)
+            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, of settings that the recipe has
+            publish(self._run, name)
+            keep_last(self._run, self._recipe.keep)
         self._wait()
 
     def _wait(self) -> None:

@@ -21,7 +21,7 @@ class Processes:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._patient: Any = None
         if self.count > 1:
-            from accelerate import PartialState
+            from accelerate import PartialState  # type: ignore[import-untyped]
 
             PartialState(cpu=on_cpu)
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)

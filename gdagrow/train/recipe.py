@@ -50,7 +50,8 @@ class DataSource(_Strict):
     """The text to train on.
 
     train, evaluation: Files or globs: text as it is, `.jsonl` and `.parquet` with a text in each row, or tokens in
-        `.bin` and `.npy`. Without `evaluation` the end of `train` is held out, as much as `held_out` says.
+        `.bin` and `.npy`; `{stdlib}` in a path stands for Python's own library. Without `evaluation` the end of `train`
+        is held out, as much as `held_out` says.
     held_out: That share of the training tokens.
     tokenizer: `bytes` (one token a byte), or a directory with `tokenizer.json`.
     text_key: The column of JSONL and parquet that has the text.
@@ -198,7 +199,8 @@ class TrainRecipe(_Strict):
 
     def as_dict(self) -> dict[str, Any]:
         """What was asked for, without what was left at its default, for YAML; `make_train_recipe` reads it back."""
-        return _plain(self)
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
 
 def _plain(value: Any) -> Any:

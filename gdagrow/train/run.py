@@ -205,9 +205,10 @@ class _Run:
         stop_at = next((growth.at for growth in recipe.growth if growth.at > step), recipe.steps)
         directory = state.directory if state else None
         trainer = RunTrainer(
-            recipe=recipe,
-            state_of=directory or recipe.model.directory,
-            model=self._build(directory),
+            recipe,
+            self._run,
+            directory or recipe.model.directory,
+            self._build(directory),
             args=arguments(recipe, self._run, self._processes.count, evaluate_first=just_grown and recipe.evaluates),
             train_dataset=self._training,
             eval_dataset=self._held_out,

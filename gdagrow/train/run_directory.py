@@ -1,11 +1,11 @@
 """The directory of a training run: its states, of which only whole ones have their name, and which one is the last.
 
-    recipe.yaml     the recipe as used
-    metrics.jsonl   one JSON object a line, each with a step
-    checkpoint-200  the state after step 200, as the engine writes it
-    grown-200       the same state, grown: what step 201 goes on from
-    model           the model at the end
-    tokens          the text as tokens
+recipe.yaml     the recipe as used
+metrics.jsonl   one JSON object a line, each with a step
+checkpoint-200  the state after step 200, as the engine writes it
+grown-200       the same state, grown: what step 201 goes on from
+model           the model at the end
+tokens          the text as tokens
 """
 
 import os

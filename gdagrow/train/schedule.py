@@ -25,5 +25,3 @@ def scheduled(schedule: Schedule, step: int, steps: int) -> float:
     done = min(1.0, (step - schedule.warm_up) / max(1, steps - 1 - schedule.warm_up))
     down = 1 - done if schedule.kind == "linear" else (1 + cos(pi * done)) / 2
     return schedule.final + (1 - schedule.final) * down
-
-

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from gdagrow.train.configs import SHARDED_WEIGHTS
 
@@ -33,12 +34,12 @@ def load_sharded(state: Path, model: nn.Module, optimizer: Any = None) -> None:
         warnings.simplefilter("ignore")  # that this is one process
         if optimizer is None:
             tree: dict[str, Any] = {"model": get_model_state_dict(model)}
-            dcp.load(tree, storage_reader=dcp.FileSystemReader(state / SHARDED_WEIGHTS), no_dist=True)
+            load(tree, storage_reader=FileSystemReader(state / SHARDED_WEIGHTS), no_dist=True)
             set_model_state_dict(model, tree["model"])
         else:
             inner = unwrapped(optimizer)
             tree = {"optimizer": get_optimizer_state_dict(model, inner)}
-            dcp.load(tree, storage_reader=dcp.FileSystemReader(state / SHARDED_OPTIMIZER), no_dist=True)
+            load(tree, storage_reader=FileSystemReader(state / SHARDED_OPTIMIZER), no_dist=True)
             set_optimizer_state_dict(model, inner, tree["optimizer"])
 
 

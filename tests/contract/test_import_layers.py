@@ -23,11 +23,18 @@ ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats
 # The command line's own, which the library never needs; the demo draws its progress itself.
 TERMINAL, MAY_DRAW = {"typer", "click", "rich", "gdagrow_cli"}, {"train/demo.py"}
 # Slow to import or not installed everywhere: inside functions only.
-INSIDE_FUNCTIONS = {"transformers", "tokenizers", "ruamel", "matplotlib"}
+INSIDE_FUNCTIONS = {"transformers", "accelerate", "datasets", "tokenizers", "ruamel", "matplotlib"}
 # The modules made for one of these, which nothing imports that does without it.
 NAMED_FOR = {
     "matplotlib": {"report/panel.py", "report/charts.py", "report/head_maps.py"},
-    "transformers": {"models/hf.py", "models/hf_config.py"},
+    "transformers": {
+        "models/hf.py",
+        "models/hf_config.py",
+        "train/building.py",
+        "train/callbacks.py",
+        "train/engine.py",
+        "train/run.py",
+    },
 }
 
 

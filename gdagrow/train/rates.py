@@ -5,7 +5,6 @@ these groups: new groups would make every one of them another. So the groups are
 step and put back right after it.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from math import isfinite, prod
 from typing import Any
@@ -15,9 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gdagrow.errors import CheckpointError, GdagrowError
-
-# What engines put before a parameter's name: torch.compile, distributed data parallel, FSDP 1.
-_PREFIXES = re.compile(r"(?:_orig_mod|module|_fsdp_wrapped_module)\.")
+from gdagrow.train.parameters import row_of
 
 
 def multipliers_of(records: Sequence[Mapping[str, Any]], names: Collection[str]) -> dict[str, float]:
@@ -43,8 +40,8 @@ def multipliers_of(records: Sequence[Mapping[str, Any]], names: Collection[str])
     tables = [_multipliers(record) for record in records]
     found, unknown = {}, []
     for name in names:
-        bare = _PREFIXES.sub("", name)
-        factors = [next((value for row, value in table if row.fullmatch(bare)), None) for table in tables]
+        places = [row_of(name, table) for table in tables]
+        factors = [place and table[place[0]] for place, table in zip(places, tables, strict=True)]
         if factors and factors[-1] is None:
             unknown.append(name)
         found[name] = prod((factor for factor in factors if factor is not None), start=1.0)
@@ -56,10 +53,9 @@ def multipliers_of(records: Sequence[Mapping[str, Any]], names: Collection[str])
     return found
 
 
-def _multipliers(record: Mapping[str, Any]) -> list[tuple[re.Pattern[str], float]]:
+def _multipliers(record: Mapping[str, Any]) -> dict[str, float]:
     try:
-        table = record["learning_rate_multipliers"].items()
-        return [(re.compile(re.escape(row).replace(r"\{layer\}", r"\d+")), _positive(value)) for row, value in table]
+        return {row: _positive(value) for row, value in record["learning_rate_multipliers"].items()}
     except (KeyError, AttributeError, TypeError, ValueError):
         raise CheckpointError(
             "growth.json: expected learning_rate_multipliers, a number above 0 for each parameter, got something else; "

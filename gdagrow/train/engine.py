@@ -117,6 +117,10 @@ class RunTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Matrices alone: by their names, lambdas, sub-norms and PolyNorm's weights would decay too."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
+
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         assert self.optimizer is not None
@@ -154,6 +158,7 @@ class RunTrainer(Trainer):
             group |= {"initial_lr": settings.learning_rate, "lr": settings.learning_rate * factor}
             group["weight_decay"] = 0.0 if number else settings.weight_decay  # the Trainer puts what decays first
         scheduler.base_lrs = [settings.learning_rate for _ in groups]
+        scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
 
     # Saving
 

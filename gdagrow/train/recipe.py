@@ -184,12 +184,16 @@ class TrainRecipe(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
 
     @model_validator(mode="after")
-    def _growths_in_order(self) -> "TrainRecipe":
+    def _consistent(self) -> "TrainRecipe":
         at = [growth.at for growth in self.growth]
         if at != sorted(set(at)):
             raise ValueError(f"growth: expected steps in ascending order, each once, got {at}")
         if at and at[-1] >= self.steps:
             raise ValueError(f"growth: step {at[-1]} is not before the last one, {self.steps}; grow earlier")
+        if self.freeze and self.freeze.heads and self.model.directory is None:
+            raise ValueError("freeze: a model of new weights has no old heads; freeze them in a growth, or layers")
+        if self.multipliers and self.optimizer.name != "adamw":
+            raise ValueError("multipliers are for adamw, whose step does not shrink with the gradient; leave them out")
         return self
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from gdagrow.archs import architecture_of
@@ -16,11 +16,12 @@ from gdagrow.errors import TrainError
 from gdagrow.formats.publish import copy_companions
 from gdagrow.record import RECORD_FILE
 from gdagrow.train.building import build_model
-from gdagrow.train.callbacks import RunCallback
+from gdagrow.train.callbacks import FreezeCallback, GrowthCallback
 from gdagrow.train.configs import config_in, header_of, is_sharded
 from gdagrow.train.data import Windows, open_tokens, prepare_tokens
 from gdagrow.train.dry_run import shares_of
 from gdagrow.train.engine import RunTrainer, arguments
+from gdagrow.train.flow import RunCallback
 from gdagrow.train.metrics import GROWTH, MetricsFile
 from gdagrow.train.processes import Processes
 from gdagrow.train.recipe import FIXED, MidRunGrowth, TrainRecipe, read_train_recipe
@@ -200,19 +201,20 @@ class _Run:
         recipe, step = self._recipe, state.step if state else 0
         just_grown = state is not None and state.grown
         if just_grown:
-            growth = next(growth for growth in recipe.growth if growth.at == step)
-            self._write({"step": step, "event": GROWTH, "expand": growth.expand.as_dict()})
+            expand = next(growth.expand for growth in recipe.growth if growth.at == step)
+            self._write({"step": step, "event": GROWTH, "expand": expand.as_dict()})
         stop_at = next((growth.at for growth in recipe.growth if growth.at > step), recipe.steps)
         directory = state.directory if state else None
+        described = directory or recipe.model.directory
         trainer = RunTrainer(
             recipe,
             self._run,
-            directory or recipe.model.directory,
+            described,
             self._build(directory),
             args=arguments(recipe, self._run, self._processes.count, evaluate_first=just_grown and recipe.evaluates),
             train_dataset=self._training,
             eval_dataset=self._held_out,
-            callbacks=[RunCallback(recipe, stop_at, self._write, self._tick)],
+            callbacks=[RunCallback(recipe, stop_at, self._write, self._tick), *self._callbacks(described, step)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(str(directory) if directory else None, ignore_keys_for_eval=["past_key_values"])
@@ -221,6 +223,20 @@ class _Run:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _callbacks(self, directory: Path | None, step: int) -> list[TrainerCallback]:
+        """What the last growth asks for, or the start of the run."""
+        recipe = self._recipe
+        growth = next((growth for growth in reversed(recipe.growth) if growth.at <= step), None)
+        at_step, freeze = (growth.at, growth.freeze) if growth else (0, recipe.freeze)
+        found: list[TrainerCallback] = []
+        if directory is not None and (directory / RECORD_FILE).exists():
+            warm_up = growth.rewarm_up if growth else 0
+            found.append(GrowthCallback(directory, multipliers=recipe.multipliers, warm_up=warm_up, at_step=at_step))
+        if freeze is not None:
+            grown = directory if freeze.heads else None
+            found.append(FreezeCallback(freeze.steps, layers=freeze.layers, old_heads_of=grown, at_step=at_step))
+        return found
 
     def _build(self, state: Path | None) -> Any:
         weights = self._recipe.model.directory if state is None else None if is_sharded(state) else state

@@ -33,6 +33,7 @@ NAMED_FOR = {
         "train/building.py",
         "train/callbacks.py",
         "train/engine.py",
+        "train/flow.py",
         "train/run.py",
     },
 }

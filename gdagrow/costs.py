@@ -1,15 +1,16 @@
 """What a model costs to keep and to serve, and a growth to carry out: from shapes alone, no weight is read."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import gcd, prod
 from typing import Any, Final
 
 from gdagrow.archs import Sizes, architecture_of
 from gdagrow.axes import parse
+from gdagrow.formats.file_layout import FileLayout
 from gdagrow.header import ITEM_BYTES, Header
-from gdagrow.layout import layout_of, peak_memory_bytes
+from gdagrow.layout import peak_memory_bytes
 from gdagrow.plan import GrowthPlan
 from gdagrow.rows import claim
 
@@ -110,10 +111,10 @@ def checkpoint_figures(header: Header) -> ModelFigures:
     return _figures(tensors, sizes, files, tied=architecture.is_tied(header.config))
 
 
-def growth_figures(plan: GrowthPlan, max_shard_bytes: int) -> GrowthFigures:
-    """The figures of a growth whose weight files hold at most `max_shard_bytes`, unless a tensor is larger."""
+def growth_figures(plan: GrowthPlan, layouts: Sequence[FileLayout]) -> GrowthFigures:
+    """The figures of a growth that writes these files."""
     tensors = [ModelTensor(t.part, t.notation, t.source.dtype, t.shape) for t in plan.tensors]
-    files = {layout.file: layout.file_bytes for layout in layout_of(plan, max_shard_bytes)}
+    files = {layout.file: layout.file_bytes for layout in layouts}
     grown = _figures(tensors, plan.after, files, tied=plan.tied_after)
     return GrowthFigures(checkpoint_figures(plan.header.stored), grown, peak_memory_bytes(plan))
 

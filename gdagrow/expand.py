@@ -18,6 +18,7 @@ from gdagrow.output import Output
 from gdagrow.plan import GrowthPlan
 from gdagrow.reading import open_reader
 from gdagrow.record import RECORD_FILE, FileDigest, growth_record, read_record, record_text
+from gdagrow.split import Noise
 from gdagrow.streaming import Grower
 
 _SPARE_BYTES: Final = 2**20  # for config, index and record
@@ -63,7 +64,7 @@ def expand(plan: GrowthPlan, target: Path, output: Output, *, progress: Progress
         read = hasher.submit(_digests, source, list(shards), stop)
         try:
             companions = copy_companions(source, partial, output.carried)
-            written = _write_tensors(output, partial, progress)
+            written = _write_tensors(plan, output, partial, progress)
             record = growth_record(plan, read=read.result(), written=written, history=history, state=output.record)
             _write(partial / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
             _write(partial / RECORD_FILE, record_text(record))
@@ -80,11 +81,14 @@ def _require_apart(source: Path, target: Path) -> None:
         raise OutputError(f"{target} lies in the source {source}, which is never changed; choose another output")
 
 
-def _write_tensors(output: Output, directory: Path, progress: Progress | None) -> dict[str, FileDigest]:
-    written = {}
+def _write_tensors(
+    plan: GrowthPlan, output: Output, directory: Path, progress: Progress | None
+) -> dict[str, FileDigest]:
+    recipe, written = plan.recipe, {}
+    noise = None if recipe.exact_copies else Noise(recipe.snr_db, recipe.seed)
     with ExitStack() as stack:
         readers = {files: stack.enter_context(open_reader(header)) for files, header in output.sources.items()}
-        grower = stack.enter_context(Grower(readers))
+        grower = stack.enter_context(Grower(readers, noise))
         for layout in output.layouts:
             path = directory / layout.file
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gdagrow.expand import Expansion, Progress, expand
+from gdagrow.errors import CheckpointError, RecipeError
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.moments import OPTIMIZER_FILE, SCHEDULER_FILE, Moments, Schedule
 from gdagrow.output import Output, weights_output
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import Recipe
+
+if TYPE_CHECKING:  # torch is only needed to carry a growth out, and takes longer to import than most plans to make
+    from gdagrow.expand import Expansion, Progress
 
 DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
 
@@ -19,30 +24,70 @@ class Growing:
     plan: GrowthPlan
     output: Output
 
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """What a user may want to know before going on; never a refusal."""
+        return (*self.plan.hints, *self.output.hints)
 
-def prepare_growth(source: Path, recipe: Recipe, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Growing:
+
+def prepare_growth(
+    source: Path, recipe: Recipe, *, moments: Moments | str | None = None, schedule: Schedule | str | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> Growing:  # fmt: skip
     """Plan a growth of everything in a checkpoint; nothing is written.
 
     Args:
-        source: A directory with config.json and safetensors weights.
+        source: A directory with config.json and safetensors weights, and perhaps the training state of transformers'
+            Trainer, whose `optimizer.pt` then grows too.
         recipe: What to grow.
+        moments: What becomes of optimizer moments: see `Moments`; by default `auto`.
+        schedule: What becomes of the run's schedule: see `Schedule`; by default `keep`.
         max_shard_bytes: The largest weight file, unless a single tensor is larger.
 
     Raises:
         GdagrowError: the checkpoint cannot be read, or not be grown so.
     """
     plan = make_plan(read_header(source), recipe)
-    return Growing(plan, weights_output(plan, max_shard_bytes))
+    output = weights_output(plan, max_shard_bytes)
+    if _has_training_state(source):
+        from gdagrow.trainer_checkpoint import trainer_output
+
+        moments, schedule = Moments(moments or Moments.auto), Schedule(schedule or Schedule.keep)
+        output = trainer_output(plan, output, moments=moments, schedule=schedule)
+    elif moments or schedule:
+        raise RecipeError(
+            f"{source} has no training state ({OPTIMIZER_FILE}) for {'moments' if moments else 'schedule'} "
+            f"{moments or schedule}; leave it out"
+        )
+    return Growing(plan, output)
 
 
 def grow_checkpoint(
-    source: Path, target: Path, recipe: Recipe, *, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
-    progress: Progress | None = None,
-) -> Expansion:  # fmt: skip
+    source: Path, target: Path, recipe: Recipe, *, moments: Moments | str | None = None,
+    schedule: Schedule | str | None = None, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    progress: "Progress | None" = None,
+) -> "Expansion":  # fmt: skip
     """Grow everything in a checkpoint into `target`, which appears whole or not at all: see `prepare_growth`.
 
     Args:
         progress: Called with the number of bytes written since its last call.
     """
-    growing = prepare_growth(source, recipe, max_shard_bytes=max_shard_bytes)
+    from gdagrow.expand import expand
+
+    growing = prepare_growth(source, recipe, moments=moments, schedule=schedule, max_shard_bytes=max_shard_bytes)
     return expand(growing.plan, target, growing.output, progress=progress)
+
+
+def _has_training_state(directory: Path) -> bool:
+    """Whether a directory holds an optimizer's state beside its weights.
+
+    Raises:
+        CheckpointError: it holds a schedule alone, which an engine would not restore without an optimizer.
+    """
+    optimizer, scheduler = ((directory / name).exists() for name in (OPTIMIZER_FILE, SCHEDULER_FILE))
+    if scheduler and not optimizer:
+        raise CheckpointError(
+            f"{directory} has {SCHEDULER_FILE} and no {OPTIMIZER_FILE}: a run that goes on from it would lose its "
+            f"schedule; bring {OPTIMIZER_FILE} back, or take the model alone with gdagrow export"
+        )
+    return optimizer

@@ -4,16 +4,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gdagrow.formats.file_layout import FileLayout
+from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.formats.safetensors_layout import index_json
-from gdagrow.header import Header
+from gdagrow.growth import TensorGrowth
+from gdagrow.header import ITEM_BYTES, Header
 from gdagrow.layout import layout_of
 from gdagrow.plan import GrowthPlan
-from gdagrow.split import Noise
-from gdagrow.streaming import GrownTensor
 
 WEIGHTS = "weights"
+
+
+@dataclass(frozen=True)
+class GrownTensor:
+    """A tensor to be streamed.
+
+    name: Its name, which decides the random words of its noise.
+    files: Which of the readers has the stored tensor; None for a moment that begins at zero.
+    source: The stored tensor's name there.
+    dtype: Safetensors dtype code, the stored tensor's own.
+    growth: Its index maps.
+    power: None for a weight; for an optimizer moment, the power of the copies that it is divided by.
+    noisy: Whether what is split gets zero-sum noise.
+    """
+
+    name: str
+    files: str | None
+    source: str
+    dtype: str
+    growth: TensorGrowth
+    power: int | None = None
+    noisy: bool = False
+
+    @property
+    def target(self) -> TargetTensor:
+        return TargetTensor(self.name, self.dtype, self.growth.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.growth.columns.size * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -26,6 +55,7 @@ class Output:
     files: The content of small files, by name.
     carried: Names of files at the top of the source that belong to its training state and are copied as they are.
     record: What `growth.json` says of the training state, beside what it says of weights.
+    hints: What a user may want to know before going on, beside the plan's.
     """
 
     layouts: tuple[FileLayout, ...]
@@ -34,11 +64,17 @@ class Output:
     files: Mapping[str, bytes] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
     record: Mapping[str, Any] = field(default_factory=dict)
+    hints: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of tensors to write."""
         return sum(layout.data_bytes for layout in self.layouts)
+
+    @property
+    def moments(self) -> tuple[TargetTensor, ...]:
+        """The optimizer moments that are grown."""
+        return tuple(tensor.target for tensor in self.tensors.values() if tensor.power is not None and tensor.files)
 
 
 def weights_output(plan: GrowthPlan, max_shard_bytes: int) -> Output:
@@ -50,12 +86,9 @@ def weights_output(plan: GrowthPlan, max_shard_bytes: int) -> Output:
 
 def grown_weights(plan: GrowthPlan) -> dict[str, GrownTensor]:
     """What is streamed for every weight of a plan, by name."""
-    recipe = plan.recipe
-    noise = None if recipe.exact_copies else Noise(recipe.snr_db, recipe.seed)
     return {
         tensor.name: GrownTensor(
-            tensor.name, WEIGHTS, tensor.source.name, tensor.source.dtype, tensor.growth,
-            noise=noise if tensor.noisy else None,
+            tensor.name, WEIGHTS, tensor.source.name, tensor.source.dtype, tensor.growth, noisy=tensor.noisy
         )
         for tensor in plan.tensors
-    }  # fmt: skip
+    }

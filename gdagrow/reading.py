@@ -1,4 +1,4 @@
-"""The reader that a checkpoint's header asks for: of the stored tensors, or of those that a view makes of them."""
+"""The reader that a header asks for: of the stored tensors, or of those that a view makes of them."""
 
 from bisect import bisect_right
 from itertools import accumulate
@@ -13,6 +13,7 @@ from gdagrow.axes import IndexMap
 from gdagrow.convert import INDEX_SHIFT, LAMBDAS, SUBLN, row_maps
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.torch_file import TorchFileHeader, TorchFileReader
 from gdagrow.formats.weight_files import NO_FILE, RowsInFile
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.lambda_init import moved_down, moved_norm
@@ -24,6 +25,8 @@ def open_reader(header: Header) -> TensorReader:
     Raises:
         CheckpointError: a shard is gone, or its header is no longer the one that was read.
     """
+    if isinstance(header, TorchFileHeader):
+        return TorchFileReader(header)
     return TensorReader(header) if header.view_of is None else ViewReader(header)
 
 

@@ -11,44 +11,13 @@ import torch
 from torch import Tensor
 
 from gdagrow.engine import grow_moment_rows, grow_rows
-from gdagrow.formats.file_layout import TargetTensor
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.formats.torch_file import DTYPES
-from gdagrow.growth import TensorGrowth, block_rows
-from gdagrow.header import ITEM_BYTES
+from gdagrow.growth import block_rows
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, num_workers
+from gdagrow.output import GrownTensor
 from gdagrow.split import Noise
-
-
-@dataclass(frozen=True)
-class GrownTensor:
-    """A tensor to be streamed.
-
-    name: Its name, which decides the random words of its noise.
-    files: Which of the readers has the stored tensor; None for a moment that begins at zero.
-    source: The stored tensor's name there.
-    dtype: Safetensors dtype code, the stored tensor's own.
-    growth: Its index maps.
-    power: None for a weight; for an optimizer moment, the power of the copies that it is divided by.
-    noise: Zero-sum noise on what is split, or None.
-    """
-
-    name: str
-    files: str | None
-    source: str
-    dtype: str
-    growth: TensorGrowth
-    power: int | None = None
-    noise: Noise | None = None
-
-    @property
-    def target(self) -> TargetTensor:
-        return TargetTensor(self.name, self.dtype, self.growth.shape)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.growth.columns.size * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -71,9 +40,9 @@ _Grown = tuple[memoryview, Tensor]  # a chunk, and the buffer that holds it
 class Grower:
     """Grows tensors in order. Use as a context manager."""
 
-    def __init__(self, readers: Mapping[str, TensorReader]) -> None:
-        """`readers`: see `GrownTensor.files`."""
-        self._readers = readers
+    def __init__(self, readers: Mapping[str, TensorReader], noise: Noise | None) -> None:
+        """`readers`: see `GrownTensor.files`; `noise` is for those tensors that are `noisy`."""
+        self._readers, self._noise = readers, noise
         # Each worker is one thread; torch's own threads would only get in its way.
         self._workers = ThreadPoolExecutor(num_workers(), "gdagrow-grow", torch.set_num_threads, (1,))
         # The buffer used last is used next: those that are never needed are never touched, and take no memory.
@@ -120,7 +89,8 @@ class Grower:
         if source is None:
             grown.zero_()
         elif tensor.power is None:
-            grow_rows(tensor.growth, source, grown, first_row=job.start, name=tensor.name, noise=tensor.noise)
+            noise = self._noise if tensor.noisy else None
+            grow_rows(tensor.growth, source, grown, first_row=job.start, name=tensor.name, noise=noise)
         else:
             grow_moment_rows(tensor.growth, source, grown, row_copies=job.copies, power=tensor.power)
         return tensor_bytes(buffer[:num_bytes]), buffer

@@ -19,7 +19,7 @@ COMPANIONS: Mapping[str, bytes] = {
     "assets/chat_template.jinja": b"{{ messages }}\n",
 }
 # What stands beside them after training and does not go with a grown model.
-TRAINING_STATE: Mapping[str, bytes] = {"optimizer.pt": b"moments", "trainer_state.json": b"{}\n"}
+TRAINING_STATE: Mapping[str, bytes] = {"optimizer.bin": b"moments", "trainer_state.json": b"{}\n"}
 # Keys that no table reads; they must come through a growth as they are.
 UNKNOWN_KEYS: Mapping[str, Any] = {
     "auto_map": {"AutoModelForCausalLM": "modeling_motif.MotifForCausalLM"},

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 import gdagrow
+from gdagrow.growing import prepare_growth
 from gdagrow.layout import DEFAULT_MAX_SHARD_SIZE, parse_size
 from gdagrow.recipe import Recipe
 from gdagrow_cli.evidence import require_one_evidence
 from gdagrow_cli.growth_flags import takes_growth
-from gdagrow_cli.options import AsJson, Checkpoint, Device, Dtype, Seed, TextFile
+from gdagrow_cli.options import AsJson, Checkpoint, Device, Dtype, MomentsOption, ScheduleOption, Seed, TextFile
 
 app = typer.Typer(
     help="Grow (hyperclone) checkpoints of grouped differential attention models exactly, as a stream.",
@@ -50,11 +51,17 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 
 @app.command()
 @takes_growth
-def plan(checkpoint: Checkpoint, recipe: Recipe, as_json: AsJson = False) -> None:
+def plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    moments: MomentsOption = None,
+    schedule: ScheduleOption = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what a growth would make of a checkpoint; nothing is read but headers, nothing is written."""
     from gdagrow_cli.plan_view import show_plan
 
-    show_plan(checkpoint, recipe, parse_size(DEFAULT_MAX_SHARD_SIZE), as_json=as_json)
+    show_plan(prepare_growth(checkpoint, recipe, moments=moments, schedule=schedule), as_json=as_json)
 
 
 @app.command()
@@ -69,6 +76,8 @@ def expand(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="The largest weight file, such as 5GB or 512MiB.")
     ] = DEFAULT_MAX_SHARD_SIZE,
+    moments: MomentsOption = None,
+    schedule: ScheduleOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Do as plan does.", show_default=False)
     ] = False,
@@ -80,12 +89,15 @@ def expand(
     """Grow a checkpoint into a new directory, which appears whole or not at all."""
     from gdagrow_cli.plan_view import show_plan
 
+    growing = prepare_growth(
+        checkpoint, recipe, moments=moments, schedule=schedule, max_shard_bytes=parse_size(max_shard_size)
+    )
     if dry_run:
-        show_plan(checkpoint, recipe, parse_size(max_shard_size), as_json=as_json, quiet=quiet)
+        show_plan(growing, as_json=as_json, quiet=quiet)
         return
     from gdagrow_cli.expand_view import run_expand
 
-    run_expand(checkpoint, out, recipe, parse_size(max_shard_size), as_json=as_json, quiet=quiet)
+    run_expand(growing, out, as_json=as_json, quiet=quiet)
 
 
 @app.command()

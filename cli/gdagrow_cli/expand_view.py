@@ -11,49 +11,44 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gdagrow.costs import growth_figures
 from gdagrow.expand import Expansion
 from gdagrow.expand import expand as expand_checkpoint
-from gdagrow.growing import Growing, prepare_growth
-from gdagrow.plan import GrowthPlan
+from gdagrow.growing import Growing
 from gdagrow.recipe import Recipe
 from gdagrow.record import RECORD_FILE
 from gdagrow.units import bytes_text, count_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stderr_console, stdout_console
 from gdagrow_cli.plan_view import (
+    growth_as_dict,
     growth_text,
     learning_rate_multipliers,
-    plan_as_dict,
     print_companions,
     print_hints,
     print_section,
+    print_state,
 )
 from gdagrow_cli.stopping import Stopped
 
 
-def run_expand(
-    checkpoint: Path, out: Path | None, recipe: Recipe, max_shard_bytes: int, *, as_json: bool, quiet: bool
-) -> None:
-    """Grow a checkpoint and say what was written.
+def run_expand(growing: Growing, out: Path | None, *, as_json: bool, quiet: bool) -> None:
+    """Carry out a growth and say what was written.
 
     Raises:
-        GdagrowError: the checkpoint cannot be read or be grown so, or the output cannot be written.
+        GdagrowError: the checkpoint cannot be read, or the output cannot be written.
     """
-    growing = prepare_growth(checkpoint, recipe, max_shard_bytes=max_shard_bytes)
-    plan = growing.plan
-    target = out or default_target(checkpoint, recipe)
+    checkpoint = growing.plan.header.directory
+    target = out or default_target(checkpoint, growing.plan.recipe)
     start = time.monotonic()
     with _progress(growing.output.num_bytes, shown=not as_json and not quiet) as advance:
         expansion = _expand_or_stop(growing, target, advance)
     seconds = time.monotonic() - start
     if as_json:
-        figures = growth_figures(plan, max_shard_bytes)
         files = {name: {"bytes": digest.num_bytes, "sha256": digest.sha256}
                  for name, digest in expansion.shards.items()}  # fmt: skip
-        plan_dict = plan_as_dict(plan, figures, expansion.companions)
-        print_json({"output": str(expansion.target), "seconds": seconds, "files": files, **plan_dict})
+        growth = growth_as_dict(growing, expansion.companions)
+        print_json({"output": str(expansion.target), "seconds": seconds, "files": files, **growth})
     elif not quiet:
-        _print(stdout_console(), checkpoint, plan, expansion, seconds)
+        _print(stdout_console(), growing, expansion, seconds)
 
 
 def default_target(checkpoint: Path, recipe: Recipe) -> Path:
@@ -83,7 +78,8 @@ def _progress(num_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]
         yield lambda more: progress.advance(task, more)
 
 
-def _print(console: Console, checkpoint: Path, plan: GrowthPlan, expansion: Expansion, seconds: float) -> None:
+def _print(console: Console, growing: Growing, expansion: Expansion, seconds: float) -> None:
+    plan, checkpoint = growing.plan, growing.plan.header.directory
     before = sum(info.num_elements for info in plan.header.stored.tensors.values())
     after = sum(tensor.num_elements for tensor in plan.tensors)
     files = f"{len(expansion.shards)} file{'s' * (len(expansion.shards) != 1)}"
@@ -92,9 +88,11 @@ def _print(console: Console, checkpoint: Path, plan: GrowthPlan, expansion: Expa
     ratios = dict.fromkeys((f"{plan.before.heads.ratio}:1", f"{plan.after.heads.ratio}:1"))
     console.print(f"  ratio {' to '.join(ratios)}, {count_text(before)} to {count_text(after)} parameters")
     rate = bytes_text(expansion.num_bytes / max(seconds, 1e-9))
-    console.print(f"  {bytes_text(expansion.num_bytes)} of weights in {files}, {seconds:.1f} s, {rate}/s")
-    print_companions(console, plan, expansion.companions)
-    print_hints(console, plan)
+    content = "weights and moments" if growing.output.record else "weights"
+    console.print(f"  {bytes_text(expansion.num_bytes)} of {content} in {files}, {seconds:.1f} s, {rate}/s")
+    print_state(console, growing)
+    print_companions(console, growing, expansion.companions)
+    print_hints(console, growing)
     print_section(console, "Next")
     print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)}")
     print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)} --weights")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from gdagrow.moments import Moments, Schedule
+
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A directory with config.json and safetensors weights.")
 ]
@@ -16,6 +18,25 @@ TextFile = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Take the tokens of this text instead of random ones.")
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where to compute, such as cpu or cuda.")]
+_STATE = "Training state (of a checkpoint that has one)"
+MomentsOption = Annotated[
+    Moments | None,
+    typer.Option(
+        "--moments",
+        rich_help_panel=_STATE,
+        show_default=False,
+        help="Optimizer moments: carry what grows exactly and reset the rest (auto, the default), carry or reset all.",
+    ),
+]
+ScheduleOption = Annotated[
+    Schedule | None,
+    typer.Option(
+        "--schedule",
+        rich_help_panel=_STATE,
+        show_default=False,
+        help="Learning-rate schedule: go on where it was (keep, the default), or leave it to the next run at step 0.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.", show_default=False)]
 
 

@@ -1,7 +1,6 @@
 """`gdagrow plan`: what a growth would make of a checkpoint."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console, RenderableType
@@ -9,11 +8,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gdagrow.costs import GrowthFigures, growth_figures
+from gdagrow.costs import growth_figures
 from gdagrow.formats.publish import Companions, SkippedFile, list_companions
-from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
-from gdagrow.plan import GrowthPlan, TensorPlan, make_plan
-from gdagrow.recipe import Recipe
+from gdagrow.formats.safetensors_header import INDEX_FILE
+from gdagrow.growing import Growing
+from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE
 from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
@@ -23,22 +22,23 @@ from gdagrow_cli.head_map import draw_growth, legend
 _WRITTEN_ANEW: Final = ("config.json", RECORD_FILE, INDEX_FILE)
 
 
-def show_plan(checkpoint: Path, recipe: Recipe, max_shard_bytes: int, *, as_json: bool, quiet: bool = False) -> None:
-    """Plan a growth and print the plan.
+def show_plan(growing: Growing, *, as_json: bool, quiet: bool = False) -> None:
+    """Print what a growth would do.
 
     Raises:
-        GdagrowError: the checkpoint cannot be read, or not be grown so.
+        CheckpointError: the source cannot be listed.
     """
-    plan = make_plan(read_header(checkpoint), recipe)
-    figures, companions = growth_figures(plan, max_shard_bytes), list_companions(checkpoint)
+    companions = list_companions(growing.plan.header.directory, growing.output.carried)
     if as_json:
-        print_json(plan_as_dict(plan, figures, companions))
+        print_json(growth_as_dict(growing, companions))
     elif not quiet:
-        _print(stdout_console(), plan, figures, companions)
+        _print(stdout_console(), growing, companions)
 
 
-def plan_as_dict(plan: GrowthPlan, figures: GrowthFigures, companions: Companions) -> dict[str, Any]:
-    """A plan without its index maps, for JSON."""
+def growth_as_dict(growing: Growing, companions: Companions) -> dict[str, Any]:
+    """A growth without its index maps, for JSON."""
+    plan, output = growing.plan, growing.output
+    figures = growth_figures(plan, output.layouts)
     return {
         "directory": str(plan.header.directory),
         "architecture": plan.architecture.name,
@@ -50,7 +50,8 @@ def plan_as_dict(plan: GrowthPlan, figures: GrowthFigures, companions: Companion
         "lineage": plan.heads.lineage(),
         "companions": {"copied": companions.copied, "left_behind": {s.path: s.reason for s in companions.skipped}},
         "learning_rate_multipliers": learning_rate_multipliers(plan),
-        "hints": plan.hints,
+        "training_state": dict(output.record) or None,
+        "hints": growing.hints,
     }
 
 
@@ -77,9 +78,11 @@ def growth_text(plan: GrowthPlan) -> str:
     return f"{', '.join(done)}; {copies}"
 
 
-def print_companions(console: Console, plan: GrowthPlan, companions: Companions) -> None:
+def print_companions(console: Console, growing: Growing, companions: Companions) -> None:
     """The files beside the weights that come along, and those that do not and why."""
-    own = {*plan.header.shards, *_WRITTEN_ANEW}
+    output = growing.output
+    grown = {shard for header in output.sources.values() for shard in header.shards}
+    own = {*grown, *output.files, *_WRITTEN_ANEW}
     left_behind = [skip for skip in companions.skipped if skip.path not in own]
     if not companions.copied and not left_behind:
         return
@@ -97,9 +100,26 @@ def _told(skip: SkippedFile) -> tuple[str, Text]:
     return printable(skip.path), Text.assemble(("left behind: ", "yellow"), skip.reason)
 
 
-def print_hints(console: Console, plan: GrowthPlan) -> None:
+def print_state(console: Console, growing: Growing) -> None:
+    """What becomes of the training state, if there is one."""
+    if not growing.output.record:
+        return
+    optimizer, warm_up = growing.output.record["optimizer"], growing.output.record["warm_up"]
+    moments = growing.output.moments
+    moment_bytes = bytes_text(sum(moment.num_bytes for moment in moments))
+    lines = [f"{len(moments):,} moments grown, {moment_bytes}; schedule: {optimizer['schedule']}"]
+    reset: dict[str, list[str]] = {}
+    for parameter, reason in optimizer["reset"].items():
+        reset.setdefault(reason, []).append(parameter.removeprefix("model.layers.{layer}."))
+    lines += [f"begin at zero ({reason}): {', '.join(parameters)}" for reason, parameters in reset.items()]
+    if warm_up["steps"]:
+        lines.append(f"proposed warm-up: {warm_up['steps']:,} steps ({warm_up['because']})")
+    print_section(console, "Training state", *lines)
+
+
+def print_hints(console: Console, growing: Growing) -> None:
     """What a user may want to know before going on."""
-    for hint in plan.hints:
+    for hint in growing.hints:
         console.print()
         console.print(Text.assemble(("hint: ", "bold yellow"), hint))
 
@@ -112,17 +132,20 @@ def print_section(console: Console, heading: str, *content: RenderableType) -> N
         console.print(Padding(part, (0, 0, 0, 2), expand=False))
 
 
-def _print(console: Console, plan: GrowthPlan, figures: GrowthFigures, companions: Companions) -> None:
+def _print(console: Console, growing: Growing, companions: Companions) -> None:
+    plan = growing.plan
+    figures = growth_figures(plan, growing.output.layouts)
     print_unbroken(console, str(plan.header.directory))
     console.print(f"{plan.architecture.name}: {growth_text(plan)}")
     console.print()
     console.print(figures_table({"source": figures.source, "grown": figures.grown}))
     print_section(console, "Heads of every layer of the grown model", draw_growth(plan.heads, console.width), legend())
     print_section(console, "Shapes, and the learning rate suggested for split weights", _shapes_table(plan))
-    print_companions(console, plan, companions)
+    print_state(console, growing)
+    print_companions(console, growing, companions)
     memory = f"about {bytes_text(figures.peak_memory_bytes)} beside Python and torch themselves"
     print_section(console, "Memory to expand", memory)
-    print_hints(console, plan)
+    print_hints(console, growing)
 
 
 def _shapes_table(plan: GrowthPlan) -> Table:

@@ -9,7 +9,7 @@ be written as a stream. The checksums of its records stay zero, which torch does
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Final
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
-from gdagrow.header import TensorInfo
+from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.weight_files import FLOATING
+from gdagrow.header import Header, TensorInfo
 
 DTYPES: Final = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -50,6 +52,23 @@ def read_torch_file(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({_first_line(error)}); restore the file") from None
     size = path.stat().st_size
     return map_leaves(tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf)
+
+
+class TorchFileHeader(Header):
+    """A file of `torch.save` as a header: its floating-point tensors by their paths in the tree."""
+
+    @staticmethod
+    def of(path: Path, tree: Any) -> "TorchFileHeader":
+        """The header of a tree that `read_torch_file` read."""
+        found = (leaf for leaf in _leaves(tree) if isinstance(leaf, TensorInfo) and leaf.dtype in FLOATING)
+        return TorchFileHeader(path.parent, {}, {info.name: info for info in found}, {})
+
+
+class TorchFileReader(TensorReader):
+    """Rows of the tensors in a file of `torch.save`, mapped as a `TensorReader` maps them."""
+
+    def _stored(self, path: Path) -> Mapping[str, TensorInfo]:
+        return TorchFileHeader.of(path, read_torch_file(path)).tensors
 
 
 def lay_out_torch_file(file: str, tree: Any) -> FileLayout:

@@ -1,8 +1,10 @@
 """The weight files of a checkpoint, held open and watched for changes: where rows of tensors lie in them."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -128,10 +130,14 @@ class WeightFiles:
     def _require_same_headers(self) -> None:
         found: dict[str, TensorInfo] = {}
         for shard in self._files:
-            found |= read_shard(self._header.directory / shard)[0]
+            found |= self._stored(self._header.directory / shard)
         changed = {info.shard for info in self._header.tensors.values() if found.get(info.name) != info}
         if changed:
             raise self._changed(min(changed))
+
+    def _stored(self, path: Path) -> Mapping[str, TensorInfo]:
+        """What a weight file says that it holds."""
+        return read_shard(path)[0]
 
     def unreadable(self, info: TensorInfo, what: str, error: OSError) -> CheckpointError:
         path = self._header.directory / info.shard

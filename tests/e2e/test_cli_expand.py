@@ -35,7 +35,7 @@ def test_expand_and_diff_as_processes(tmp_path: Path) -> None:
     assert f"gdagrow diff {source} {grown}\n" in outcome.out
     assert "learning-rate multipliers" in outcome.out
     assert "hint: the ratio 6:1 is above 5:1" in outcome.out
-    assert "optimizer.pt" in outcome.out
+    assert "optimizer.bin" in outcome.out
     written = listing(grown)
     weights = {name for name in written if name.endswith(".safetensors")}
     assert weights == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}

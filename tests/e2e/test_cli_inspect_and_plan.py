@@ -68,7 +68,7 @@ def test_plan_tells_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert told["grown"]["kv_cache_bytes_per_token"] == told["source"]["kv_cache_bytes_per_token"]
     assert told["companions"]["copied"] == sorted(COMPANIONS)
     reason = "training state of the source, wrong beside grown weights"
-    assert told["companions"]["left_behind"]["optimizer.pt"] == reason
+    assert told["companions"]["left_behind"]["optimizer.bin"] == reason
     assert told["learning_rate_multipliers"]["model.layers.{layer}.self_attn.o_proj.weight"] == 0.5
     assert told["learning_rate_multipliers"]["lm_head.weight"] == 0.5
     assert "model.layers.{layer}.mlp.down_proj.weight" not in told["learning_rate_multipliers"]

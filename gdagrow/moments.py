@@ -1,0 +1,101 @@
+"""Optimizer moments in a growth: which kinds there are, and what becomes of those of each parameter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from gdagrow.axes import IndexMap
+from gdagrow.convert import row_maps
+from gdagrow.growth import TensorGrowth
+from gdagrow.plan import GrowthPlan, TensorPlan
+
+# Where transformers' Trainer keeps them, and the state of its learning-rate schedule.
+OPTIMIZER_FILE: Final = "optimizer.pt"
+SCHEDULER_FILE: Final = "scheduler.pt"
+
+# What torch's optimizers keep for each weight, and the power of a parameter's copies that it is divided by: a gradient
+# is divided by the copies of what its parameter writes (growth-math 2), means of gradients are like them, means of
+# their squares (and the largest of those, in AMSGrad) go by the square.
+POWERS: Final[Mapping[str, int]] = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
+
+
+class Moments(StrEnum):
+    """What becomes of optimizer moments: `auto` carries those that the mirror rule grows exactly, and resets others."""
+
+    auto = "auto"
+    carry = "carry"
+    reset = "reset"
+
+
+class Schedule(StrEnum):
+    """What becomes of a run's schedule: go on where it was, or begin the run's new one at step 0."""
+
+    keep = "keep"
+    restart = "restart"
+
+
+@dataclass(frozen=True)
+class ParameterMoments:
+    """What becomes of the moments of one grown parameter.
+
+    name: The grown parameter.
+    parameter: Its row of the architecture's table.
+    source: The stored parameter whose moments are grown.
+    growth: From those moments as they are stored to the grown ones.
+    reset: Why they begin at zero instead, with the step count of their bias correction; None where they are carried.
+    """
+
+    name: str
+    parameter: str
+    source: str
+    growth: TensorGrowth
+    reset: str | None
+
+
+def plan_moments(plan: GrowthPlan, policy: Moments) -> dict[str, ParameterMoments]:
+    """What becomes of every grown parameter's moments, by name and in the order of `named_parameters()`."""
+    stored_rows = row_maps(plan.header) if plan.header.view_of else {}
+    return {
+        tensor.name: ParameterMoments(
+            tensor.name, tensor.parameter, tensor.source.name,
+            _from_stored(tensor.growth, stored_rows.get(tensor.source.name)), _reset(plan, tensor, policy),
+        )
+        for tensor in plan.tensors
+    }  # fmt: skip
+
+
+def _reset(plan: GrowthPlan, tensor: TensorPlan, policy: Moments) -> str | None:
+    if policy is Moments.reset:
+        return "asked for"
+    # What a conversion makes has no moments of its own to carry.
+    exempt = policy is Moments.carry and not plan.header.is_made(tensor.source.name)
+    return None if exempt else tensor.moments_lost
+
+
+def _from_stored(growth: TensorGrowth, rows: IndexMap | None) -> TensorGrowth:
+    """The growth of a tensor whose rows a view puts in another order than they are stored in."""
+    if rows is None:
+        return growth
+    stored = list(rows)
+    first = IndexMap.of([stored[row] for row in growth.dims[0]], rows.old_size)
+    return replace(growth, dims=(first, *growth.dims[1:]))
+
+
+def moments_record(
+    moments: Mapping[str, ParameterMoments], policy: Moments, schedule: Schedule, beta2: float | None
+) -> dict[str, Any]:
+    """What `growth.json` says of a training state that was grown; `beta2` is None for an optimizer without it."""
+    reset = {found.parameter: found.reset for found in moments.values() if found.reset}
+    return {
+        "optimizer": {"moments": policy.value, "schedule": schedule.value, "reset": reset},
+        "warm_up": warm_up(beta2) if reset and beta2 is not None else {"steps": 0, "because": "moments are carried"},
+    }
+
+
+def warm_up(beta2: float) -> dict[str, Any]:
+    """The proposed linear warm-up where second moments begin at zero, for Adam's `beta2`.
+
+    Source: Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization (arXiv:1910.04209).
+    """
+    return {"steps": round(2 / (1 - beta2)), "because": f"moments begin at zero: 2 / (1 - {beta2:g})"}

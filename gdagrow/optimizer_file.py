@@ -1,0 +1,170 @@
+"""The state of one torch optimizer, as `optimizer.pt` holds it: read without reading a moment, and named.
+
+The file numbers parameters by their place in the optimizer's groups, each in the order of `named_parameters()`. Names
+are found again from the sizes of the groups and checked against every shape: an engine checks none, and moments of the
+wrong shape corrupt memory in a fused optimizer.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gdagrow.archs import architecture_of
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.links import require_inside
+from gdagrow.formats.torch_file import read_torch_file
+from gdagrow.header import Header, TensorInfo
+from gdagrow.moments import OPTIMIZER_FILE, POWERS
+from gdagrow.rows import GROWABLE_DTYPES, claim
+
+# How engines deal parameters out to groups: the group of a parameter from its name and its number of dimensions, None
+# for one that the optimizer does not have. The first is transformers' own, from names alone.
+_NO_DECAY: Final = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+Grouping = Callable[[str, int], int | None]
+_GROUPINGS: Final[Sequence[Grouping]] = (
+    lambda name, dims: int(bool(_NO_DECAY.search(name))),
+    lambda name, dims: int(bool(_NO_DECAY.search(name)) or ".subln." in name),  # every norm known by its type
+    lambda name, dims: int(dims < 2),
+    lambda name, dims: 0,
+    lambda name, dims: 0 if dims == 2 else None,
+    lambda name, dims: 0 if dims == 2 and ".layers." in name else None,  # Muon's: without embedding and head
+)
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What an optimizer keeps of a run, by the names of its parameters.
+
+    path: The file.
+    tree: `optimizer.pt`, with a `TensorInfo` for every tensor.
+    groups: The names of each group's parameters, in order.
+    group_of: The group of a parameter that a growth adds, from its name and its number of dimensions.
+    """
+
+    path: Path
+    tree: Mapping[str, Any]
+    groups: tuple[tuple[str, ...], ...]
+    group_of: Grouping
+
+    @property
+    def beta2(self) -> float | None:
+        """How slowly Adam's second moments forget; None for an optimizer without them."""
+        betas = self.tree["param_groups"][0].get("betas") if self.tree["param_groups"] else None
+        return float(betas[1]) if isinstance(betas, list | tuple) and len(betas) == 2 else None
+
+    @property
+    def by_name(self) -> dict[str, Mapping[str, Any]]:
+        """What the optimizer keeps for each of its parameters; empty where it keeps nothing yet."""
+        names = (name for group in self.groups for name in group)
+        numbers = (number for group in self.tree["param_groups"] for number in group["params"])
+        return {name: self.tree["state"].get(number, {}) for name, number in zip(names, numbers, strict=True)}
+
+
+def read_optimizer(header: Header, *, check_moments: bool = True) -> OptimizerState:
+    """Read `optimizer.pt` beside the weights of a checkpoint, without reading a moment.
+
+    Args:
+        header: The checkpoint, as it is stored.
+        check_moments: Whether all that there is must be moments that can be grown.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another model or run.
+    """
+    path = header.directory / OPTIMIZER_FILE
+    tree = read_torch_file(require_inside(header.directory, path))
+    _require_optimizer(path, tree)
+    architecture = architecture_of(header.config)
+    # In the order of `named_parameters()`, which the table has and the files need not.
+    names = claim(header, architecture, architecture.sizes(header.config))
+    state = _named(path, tree, {name: header.tensors[name] for name in names})
+    if check_moments:
+        _require_moments(state)
+    return state
+
+
+def _require_optimizer(path: Path, tree: Any) -> None:
+    try:
+        numbers = [number for group in tree["param_groups"] for number in group["params"]]
+        right = all(isinstance(kept, dict) for kept in tree["state"].values()) and tree["state"].keys() <= set(numbers)
+        right = right and len(set(numbers)) == len(numbers)
+    except (TypeError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise CheckpointError(
+            f"{path}: expected the state_dict of one torch optimizer (state, param_groups), got something else; "
+            "restore the file"
+        )
+
+
+def _named(path: Path, tree: Mapping[str, Any], parameters: Mapping[str, TensorInfo]) -> OptimizerState:
+    sizes = [len(group["params"]) for group in tree["param_groups"]]
+    candidates = [state for grouping in _groupings(tree) if (state := _dealt(path, tree, parameters, grouping))]
+    fitting = [state for state in candidates if [len(group) for group in state.groups] == sizes]
+    for state in fitting:
+        if not _misshapen(state, parameters):
+            return state
+    if fitting:
+        raise CheckpointError(
+            f"{path} does not belong to the weights beside it: {'; '.join(_misshapen(fitting[0], parameters))}; an "
+            f"engine would not notice and corrupt memory: bring back the {OPTIMIZER_FILE} of this run and step"
+        )
+    known = dict.fromkeys(" + ".join(str(len(group)) for group in state.groups) for state in candidates)
+    raise CheckpointError(
+        f"{path} has {' + '.join(map(str, sizes))} parameters in its groups, expected {' or '.join(known)} for the "
+        "weights beside it: it is of another model, or some parameters were frozen or dealt out in another way; take "
+        "the model alone with gdagrow export"
+    )
+
+
+def _groupings(tree: Mapping[str, Any]) -> Sequence[Grouping]:
+    """The ways in which parameters may be dealt out: as the groups themselves say, if they do."""
+    named = [group.get("param_names") for group in tree["param_groups"]]
+    if not all(isinstance(names, list) for names in named):
+        return _GROUPINGS
+    groups = {str(name).removeprefix("module.").removeprefix("_orig_mod."): number
+              for number, names in enumerate(named) for name in names}  # fmt: skip
+    return (lambda name, dims: groups.get(name),)
+
+
+def _dealt(
+    path: Path, tree: Mapping[str, Any], parameters: Mapping[str, TensorInfo], grouping: Grouping
+) -> OptimizerState | None:
+    groups: list[list[str]] = [[] for _ in tree["param_groups"]]
+    for name, info in parameters.items():
+        number = grouping(name, len(info.shape))
+        if number is not None:
+            if number >= len(groups):
+                return None
+            groups[number].append(name)
+    return OptimizerState(path, tree, tuple(map(tuple, groups)), grouping)
+
+
+def _misshapen(state: OptimizerState, parameters: Mapping[str, TensorInfo]) -> list[str]:
+    return [
+        f"{key} of {name} has shape {list(leaf.shape)}, the weight {list(parameters[name].shape)}"
+        for name, kept in state.by_name.items()
+        for key, leaf in kept.items()
+        if isinstance(leaf, TensorInfo) and leaf.shape and leaf.shape != parameters[name].shape
+        and (key in POWERS or leaf.num_elements > 1)
+    ]  # fmt: skip
+
+
+def _require_moments(state: OptimizerState) -> None:
+    problems = []
+    for name, kept in state.by_name.items():
+        if not kept:
+            problems.append(f"{name} has none")
+        for key, leaf in kept.items():
+            if not isinstance(leaf, TensorInfo) or (leaf.num_elements == 1 and key not in POWERS):
+                continue
+            if key not in POWERS:
+                problems.append(f"{key} of {name} is none of {', '.join(POWERS)}")
+            elif leaf.dtype not in GROWABLE_DTYPES:
+                problems.append(f"{key} of {name} is stored as {leaf.dtype}")
+    if problems:
+        raise CheckpointError(
+            f"{state.path}: moments cannot be carried: {'; '.join(problems)}; begin them all at zero with --moments "
+            "reset"
+        )

@@ -1,0 +1,166 @@
+"""A checkpoint of transformers' Trainer: its whole training state beside grown weights, so that the run goes on."""
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.links import require_inside
+from gdagrow.formats.torch_file import (
+    TorchFileHeader,
+    lay_out_torch_file,
+    map_leaves,
+    read_small,
+    read_torch_file,
+)
+from gdagrow.header import TensorInfo
+from gdagrow.moments import (
+    OPTIMIZER_FILE,
+    POWERS,
+    SCHEDULER_FILE,
+    Moments,
+    ParameterMoments,
+    Schedule,
+    moments_record,
+    plan_moments,
+)
+from gdagrow.optimizer_file import OptimizerState, read_optimizer
+from gdagrow.output import GrownTensor, Output
+from gdagrow.plan import GrowthPlan
+
+STATE_FILE: Final = "trainer_state.json"
+_CARRIED: Final = re.compile(r"scheduler\.pt|scaler\.pt|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth")
+_RESTARTED: Final = re.compile(r"scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth")
+_MOMENTS = "moments"
+
+
+def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, schedule: Schedule) -> Output:
+    """Add a Trainer checkpoint's training state to what is written of its weights.
+
+    Raises:
+        CheckpointError: `optimizer.pt` cannot be read, is of another model or run, or lacks moments to carry.
+    """
+    directory = plan.header.directory
+    state = read_optimizer(plan.header.stored, check_moments=moments is not Moments.reset)
+    planned = plan_moments(plan, moments)
+    tree, tensors = _grown_tree(state, planned, {t.name: len(t.shape) for t in plan.tensors})
+    if schedule is Schedule.restart:
+        for group in tree["param_groups"]:
+            # The first step moves nothing, as in every warm-up of transformers; then the new schedule sets the rate.
+            group["lr"] = 0.0
+    carried = frozenset(path.name for path in directory.iterdir() if _CARRIED.fullmatch(path.name))
+    files: dict[str, bytes] = {}
+    if schedule is Schedule.restart:
+        files = _restarted(directory, carried)
+        carried = frozenset(name for name in carried if not _RESTARTED.fullmatch(name))
+    return replace(
+        weights,
+        layouts=(*weights.layouts, lay_out_torch_file(OPTIMIZER_FILE, tree)),
+        tensors={**weights.tensors, **tensors},
+        sources={**weights.sources, _MOMENTS: TorchFileHeader.of(state.path, state.tree)},
+        files={**weights.files, **files},
+        carried=carried,
+        record=moments_record(planned, moments, schedule, state.beta2),
+        hints=(*weights.hints, *(_hints(directory) if schedule is Schedule.keep else ())),
+    )
+
+
+def _grown_tree(
+    state: OptimizerState, planned: Mapping[str, ParameterMoments], dims: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, GrownTensor]]:
+    """The grown `optimizer.pt`, with a `TargetTensor` for every moment, and what is streamed into those."""
+    kept, tensors = state.by_name, dict[str, GrownTensor]()
+    known = {name: number for number, names in enumerate(state.groups) for name in names}
+    dealt: list[list[str]] = [[] for _ in state.groups]
+    for name, found in planned.items():
+        number = known.get(name, known.get(found.source, state.group_of(name, dims[name])))
+        if number is not None:
+            dealt[number].append(name)
+    grown: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    count = 0
+    for group, names in zip(state.tree["param_groups"], dealt, strict=True):
+        numbers = list(range(count, count + len(names)))
+        count += len(names)
+        own = {"param_names": names} if "param_names" in group else {}
+        groups.append({**_read_leaves(state, group), **own, "params": numbers})
+        for number, name in zip(numbers, names, strict=True):
+            found = planned[name]
+            # An optimizer makes what is left out when it first needs it: zeros, and a step count of zero.
+            if found.reset is None and kept.get(found.source):
+                grown[number] = {key: _grown_leaf(state, found, key, leaf, tensors)
+                                 for key, leaf in kept[found.source].items()}  # fmt: skip
+    rest = {
+        key: _read_leaves(state, value) for key, value in state.tree.items() if key not in ("state", "param_groups")
+    }
+    return {"state": grown, "param_groups": groups, **rest}, tensors
+
+
+def _grown_leaf(
+    state: OptimizerState, found: ParameterMoments, key: str, leaf: Any, tensors: dict[str, GrownTensor]
+) -> Any:
+    if not isinstance(leaf, TensorInfo):
+        return leaf
+    if key not in POWERS:
+        return read_small(state.path, leaf)
+    grown = GrownTensor(f"{found.name}/{key}", _MOMENTS, leaf.name, leaf.dtype, found.growth, power=POWERS[key])
+    tensors[grown.name] = grown
+    return grown.target
+
+
+def _read_leaves(state: OptimizerState, tree: Any) -> Any:
+    """A part of the tree with its tensors, which are single numbers such as a learning rate."""
+    return map_leaves(tree, lambda _, leaf: read_small(state.path, leaf) if isinstance(leaf, TensorInfo) else leaf)
+
+
+def _restarted(directory: Path, carried: frozenset[str]) -> dict[str, bytes]:
+    """The files of a run at step 0: its rates, warm-up and length are those of whatever goes on from it."""
+    files = {}
+    if SCHEDULER_FILE in carried:
+        path = directory / SCHEDULER_FILE
+        tree = read_torch_file(require_inside(directory, path))
+        if not isinstance(tree, dict) or "last_epoch" not in tree or "_schedulers" in tree:
+            raise CheckpointError(
+                f"{path}: expected the state of one schedule that counts steps, such as transformers' own, got "
+                "something else; keep it with --schedule keep"
+            )
+        small = map_leaves(tree, lambda _, leaf: read_small(path, leaf) if isinstance(leaf, TensorInfo) else leaf)
+        kept = {key: value for key, value in small.items() if key not in ("base_lrs", "_last_lr")}
+        content = io.BytesIO()
+        torch.save({**kept, "last_epoch": 0, "_step_count": 1}, content)
+        files[SCHEDULER_FILE] = content.getvalue()
+    if STATE_FILE in carried:
+        state = _trainer_state(directory)
+        # The record of the run so far is the source's; what else there is, such as the state of callbacks, stays.
+        state |= {"global_step": 0, "epoch": 0.0, "log_history": [], "best_metric": None, "best_global_step": None,
+                  "best_model_checkpoint": None}  # fmt: skip
+        files[STATE_FILE] = (json.dumps(state, indent=2) + "\n").encode()
+    return files
+
+
+def _hints(directory: Path) -> Iterator[str]:
+    if (directory / STATE_FILE).exists():
+        state = _trainer_state(directory)
+        step, last = state.get("global_step"), state.get("max_steps")
+        if isinstance(step, int) and isinstance(last, int) and 0 < last <= step:
+            yield (
+                f"the run is at step {step} of {last}: a Trainer that goes on from here does one more step and ends; "
+                "give it more steps, or begin a new schedule with --schedule restart"
+            )
+
+
+def _trainer_state(directory: Path) -> dict[str, Any]:
+    path = require_inside(directory, directory / STATE_FILE)
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got something else; restore the file")
+    return state

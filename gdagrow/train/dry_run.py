@@ -86,6 +86,18 @@ def shares_of(recipe: TrainRecipe, num_processes: int) -> tuple[int, int]:
     return at_once, recipe.batch_size // (num_processes * at_once)
 
 
+def headers_of(recipe: TrainRecipe) -> list[Header]:
+    """The model at the start, and after each growth.
+
+    Raises:
+        GdagrowError: it cannot be read, or cannot grow so.
+    """
+    headers = [header_of(recipe.model)]
+    for growth in recipe.growth:
+        headers.append(header_of_config(make_plan(headers[-1], growth.expand).config))
+    return headers
+
+
 def forecast(recipe: TrainRecipe, num_processes: int) -> Forecast:
     """Say what a run would be on so many processes.
 
@@ -93,13 +105,13 @@ def forecast(recipe: TrainRecipe, num_processes: int) -> Forecast:
         GdagrowError: the model cannot be read, cannot grow so, or the batch does not divide.
     """
     at_once, accumulation = shares_of(recipe, num_processes)
-    header, legs, begin = header_of(recipe.model), [], 0
-    for end, growth in [*((growth.at, growth.expand) for growth in recipe.growth), (recipe.steps, None)]:
-        legs.append(_leg(recipe, header, begin, end, num_processes, at_once))
-        if growth is not None:
-            header, begin = header_of_config(make_plan(header, growth).config), end
+    begins = [0, *(growth.at for growth in recipe.growth)]
+    legs = tuple(
+        _leg(recipe, header, begin, end, num_processes, at_once)
+        for header, begin, end in zip(headers_of(recipe), begins, [*begins[1:], recipe.steps], strict=True)
+    )
     per_step = recipe.batch_size * recipe.context_length
-    return Forecast(num_processes, at_once, accumulation, per_step, per_step * recipe.steps, tuple(legs))
+    return Forecast(num_processes, at_once, accumulation, per_step, per_step * recipe.steps, legs)
 
 
 def _leg(recipe: TrainRecipe, header: Header, begin: int, end: int, num_processes: int, at_once: int) -> Leg:

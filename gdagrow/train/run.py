@@ -14,12 +14,13 @@ from transformers.utils import logging
 from gdagrow.archs import architecture_of
 from gdagrow.errors import TrainError
 from gdagrow.formats.publish import copy_companions
+from gdagrow.growing import grow_checkpoint
 from gdagrow.record import RECORD_FILE
 from gdagrow.train.building import build_model
 from gdagrow.train.callbacks import FreezeCallback, GrowthCallback
-from gdagrow.train.configs import config_in, header_of, is_sharded
+from gdagrow.train.configs import config_in, is_sharded
 from gdagrow.train.data import Windows, open_tokens, prepare_tokens
-from gdagrow.train.dry_run import shares_of
+from gdagrow.train.dry_run import headers_of, shares_of
 from gdagrow.train.engine import RunTrainer, arguments
 from gdagrow.train.flow import RunCallback
 from gdagrow.train.metrics import GROWTH, MetricsFile
@@ -80,7 +81,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     logging.disable_progress_bar()
     processes = Processes(on_cpu=recipe.device == "cpu")
     shares_of(recipe, processes.count)  # refuses a batch that does not divide
-    config = header_of(recipe.model).config
+    config = headers_of(recipe)[0].config  # refuses what cannot grow so
     vocab = architecture_of(config).sizes(config).vocab
     if processes.is_first:
         _begin(recipe, run, resume=resume, restart=restart)
@@ -184,13 +185,10 @@ class _Run:
     def _grow(self, state: RunState, growth: MidRunGrowth) -> RunState:
         name = grown_name(state.step)
         if self._processes.is_first:
-            from gdagrow.growing import grow_checkpoint
-
+            target = saving_directory(self._run) / name
+            target.parent.mkdir(exist_ok=True)
             # The schedule is a function of the step here, so a state never needs to begin another one.
-            grow_checkpoint(
-                state.directory, saving_directory(self._run) / name, growth.expand, moments=growth.moments,
-                schedule="keep",
-            )  # fmt: skip
+            grow_checkpoint(state.directory, target, growth.expand, moments=growth.moments, schedule="keep")
             publish(self._run, name)
             keep_last(self._run, self._recipe.keep)
         self._processes.wait()

@@ -107,20 +107,20 @@ def clone_similarity(
     claimed = claim(header, architecture, after)
     maps, before = recorded_growth(path, after)
     # The same for every layer.
-    pieces: dict[str, list[list[_Piece]]] = {}
+    of_notation: dict[str, list[list[Piece]]] = {}
     found: list[CloneSimilarity] = []
     with TensorReader(header) as reader:
         for row in grown_rows(header, architecture, claimed, tied_after=architecture.is_tied(header.config)):
             if progress:
                 progress(f"copies in {row.name}")
             notation = parse(row.notation)
-            if row.notation not in pieces:
-                pieces[row.notation] = [
-                    list(_pieces(dim, index_map, before))
+            if row.notation not in of_notation:
+                of_notation[row.notation] = [
+                    list(pieces(dim, index_map, before))
                     for dim, index_map in zip(notation.dims, notation.index_maps(maps), strict=True)
                 ]
             shape = header.tensors[row.name].shape
-            for dim, (of_dim, reads) in enumerate(zip(pieces[row.notation], notation.reads, strict=True)):
+            for dim, (of_dim, reads) in enumerate(zip(of_notation[row.notation], notation.reads, strict=True)):
                 chunks = (_columns if dim else _rows)(reader, row.name, shape, of_dim)
                 for axis, copies in _compare(chunks).items():
                     found.append(_similarity(checkpoint, row, axis, not reads, copies))
@@ -137,7 +137,7 @@ def _lineage_file(checkpoint: Path, lineage: Path | None) -> Path | None:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Consecutive indices that have copies, all of one head if the axis has heads, and where each copy starts."""
 
     axis: str
@@ -146,7 +146,7 @@ class _Piece:
     starts: tuple[int, ...]
 
 
-def _pieces(dim: Expression, index_map: IndexMap, before: Sizes) -> Iterator[_Piece]:
+def pieces(dim: Expression, index_map: IndexMap, before: Sizes) -> Iterator[Piece]:
     """What has copies along a dimension of a tensor, by its notation, its map and the sizes of the source."""
     for segments in copies_of(index_map):
         if len(segments) == 1:
@@ -156,14 +156,14 @@ def _pieces(dim: Expression, index_map: IndexMap, before: Sizes) -> Iterator[_Pi
         step = before.head_dim if head_at(dim, before.axes, old) else length
         for offset in range(0, length, step):
             place = dim, before.axes, old + offset
-            yield _Piece(axis_at(*place), head_at(*place), step, tuple(segment.new + offset for segment in segments))
+            yield Piece(axis_at(*place), head_at(*place), step, tuple(segment.new + offset for segment in segments))
 
 
 # A piece, and some of the weights of each of its copies.
-_Chunk = tuple[_Piece, list[Tensor]]
+_Chunk = tuple[Piece, list[Tensor]]
 
 
-def _rows(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Sequence[_Piece]) -> Iterator[_Chunk]:
+def _rows(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Iterator[_Chunk]:
     step = max(1, CHUNK_WEIGHTS // (shape[1] if len(shape) == 2 else 1))
     for piece in pieces:
         for begin in range(0, piece.length, step):
@@ -171,7 +171,7 @@ def _rows(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Seque
             yield piece, [reader.rows(name, start + begin, start + end) for start in piece.starts]
 
 
-def _columns(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Sequence[_Piece]) -> Iterator[_Chunk]:
+def _columns(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Iterator[_Chunk]:
     if not pieces:
         return
     num_rows, mapped = shape[0], max(1, MAPPED_WEIGHTS // shape[1])
@@ -188,14 +188,17 @@ def _compare(chunks: Iterator[_Chunk]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for piece, (first, *others) in chunks:
         one = first.double().flatten()
-        sums = []
-        for other in others:
-            two = other.double().flatten()
-            apart = one - two
-            sums.append(torch.stack([one @ two, one @ one, two @ two, apart @ apart]))
+        sums = [inner_products(one, other.double().flatten()) for other in others]
         heads = found.setdefault(piece.axis, {})
         heads[piece.head] = heads.get(piece.head, 0.0) + torch.stack(sums)
     return found
+
+
+def inner_products(one: Tensor, two: Tensor) -> Tensor:
+    """`a . b`, `a . a`, `b . b` and `|a - b|^2` along the last dimension: `[..., 4]`."""
+    apart = one - two
+    pairs = ((one, two), (one, one), (two, two), (apart, apart))
+    return torch.stack([torch.linalg.vecdot(a, b) for a, b in pairs], dim=-1)
 
 
 def _similarity(
@@ -206,7 +209,7 @@ def _similarity(
             f"{checkpoint}: {row.name} has copies with weights that are not finite, which cannot be compared; "
             "give a checkpoint from before they went wrong"
         )
-    alike = {head: [_cosine_and_distance(*of_copy) for of_copy in sums.tolist()] for head, sums in copies.items()}
+    alike = {head: [cosine_and_distance(*of_copy) for of_copy in sums.tolist()] for head, sums in copies.items()}
     every = [pair for pairs in alike.values() for pair in pairs]
     heads = tuple(HeadSimilarity(head, *_means(pairs)) for head, pairs in alike.items() if head)
     prefix, layered, suffix = row.parameter.name.partition("{layer}")
@@ -214,7 +217,8 @@ def _similarity(
     return CloneSimilarity(row.name, layer, row.parameter.name, axis, written, *_means(every), heads)
 
 
-def _cosine_and_distance(product: float, one: float, two: float, apart: float) -> tuple[float, float]:
+def cosine_and_distance(product: float, one: float, two: float, apart: float) -> tuple[float, float]:
+    """The figures of `CloneSimilarity` for two copies, from their `inner_products`."""
     # Of equal copies every difference is 0 exactly, and of others no square of one vanishes in float64 (but below
     # 1e-162, far under any weight's rounding): so only they are told as equal, whatever rounding does to the cosine.
     if apart == 0:

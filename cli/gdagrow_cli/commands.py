@@ -101,6 +101,30 @@ def expand(
 
 
 @app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    with_code: Annotated[
+        bool,
+        typer.Option(
+            "--with-code",
+            metavar="",
+            show_default=False,
+            help="Add the model's code, for trust_remote_code=True where gdagrow is not installed.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.", show_default=False)
+    ] = False,
+) -> None:
+    """Copy a checkpoint into a directory to publish, without training state; it appears whole or not at all."""
+    from gdagrow_cli.export_view import run_export
+
+    run_export(checkpoint, out, with_code=with_code, as_json=as_json, quiet=quiet)
+
+
+@app.command()
 def diff(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint that was grown.")],

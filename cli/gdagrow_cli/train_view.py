@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gdagrow.errors import GdagrowError, TrainError
+from gdagrow.train.metrics import HEALTH
 from gdagrow.train.recipe import TrainRecipe, read_train_recipe
 from gdagrow.train.run_directory import last_state
 from gdagrow_cli.console import print_json, print_unbroken, stderr_console, stdout_console
@@ -79,7 +80,7 @@ class _Quiet:
 
 
 class _Bar:
-    """A watcher that moves a bar."""
+    """A watcher that moves a bar, and prints what is not a training loss above it."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self._progress, self._console = progress, progress.console
@@ -92,28 +93,32 @@ class _Bar:
         if "loss" in line:
             figures = f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s"
             self._progress.update(self._task, figures=figures)
-        else:
-            print_unbroken(self._console, _in_words(line))
+            return
+        for told in _in_words(line):
+            print_unbroken(self._console, told)
 
 
 class _Lines:
-    """A watcher that prints events and held-out losses, where there is no terminal for a bar."""
+    """A watcher that prints a line for each, where there is no terminal for a bar."""
 
     def step(self, step: int) -> None:
         pass
 
     def line(self, line: Mapping[str, Any]) -> None:
-        print_unbroken(stderr_console(), _in_words(line))
+        for told in _in_words(line):
+            print_unbroken(stderr_console(), told)
 
 
-def _in_words(line: Mapping[str, Any]) -> str:
-    step = f"step {line['step']}: "
+def _in_words(line: Mapping[str, Any]) -> list[str]:
     if "eval_loss" in line:
-        return f"{step}held-out loss {line['eval_loss']:.4f}"
-    if "loss" in line:
-        return f"{step}loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
-    told = ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("step", "event"))
-    return f"{step}{line.get('event', '')} {told}"
+        told = [f"held-out loss {line['eval_loss']:.4f}"]
+    elif "loss" in line:
+        told = [f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s"]
+    elif line["event"] == HEALTH:
+        told = [f"warning: {warning}" for warning in line["warnings"]]
+    else:
+        told = [f"grown by {', '.join(f'{key} {value}' for key, value in line['expand'].items())}"]
+    return [f"step {line['step']}: {each}" for each in told]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gdagrow.errors import GdagrowError, OutputError
+from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
 from gdagrow.formats.publish import staged
 from gdagrow.models.gda import GdaConfig, GdaModel, init_weights, load_model, save_model
 
@@ -155,6 +156,7 @@ def save(model: GdaModel, directory: Path) -> None:
     try:
         save_model(model, directory, CONFIG)
         (directory / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
+        write_byte_tokenizer(directory, POSITIONS)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{directory} cannot be written ({error}); give another directory") from None
 

@@ -10,7 +10,9 @@ from typing import Any, Final
 
 from gdagrow.errors import TrainError
 
-GROWTH: Final = "growth"  # the `event` of a growth's line
+# The `event` of a line that tells of a growth, or of the model's health.
+GROWTH: Final = "growth"
+HEALTH: Final = "health"
 
 
 class MetricsFile:

@@ -23,6 +23,7 @@ from gdagrow.train.data import Windows, open_tokens, prepare_tokens
 from gdagrow.train.dry_run import headers_of, shares_of
 from gdagrow.train.engine import RunTrainer, arguments
 from gdagrow.train.flow import RunCallback
+from gdagrow.train.health_callback import HealthCallback
 from gdagrow.train.metrics import GROWTH, MetricsFile
 from gdagrow.train.processes import Processes
 from gdagrow.train.recipe import FIXED, MidRunGrowth, TrainRecipe, read_train_recipe
@@ -223,7 +224,7 @@ class _Run:
             torch.cuda.empty_cache()
 
     def _callbacks(self, directory: Path | None, step: int) -> list[TrainerCallback]:
-        """What the last growth asks for, or the start of the run."""
+        """What the last growth, or the start of the run, asks for."""
         recipe = self._recipe
         growth = next((growth for growth in reversed(recipe.growth) if growth.at <= step), None)
         at_step, freeze = (growth.at, growth.freeze) if growth else (0, recipe.freeze)
@@ -234,6 +235,8 @@ class _Run:
         if freeze is not None:
             grown = directory if freeze.heads else None
             found.append(FreezeCallback(freeze.steps, layers=freeze.layers, old_heads_of=grown, at_step=at_step))
+        if recipe.health_every:
+            found.append(HealthCallback(recipe.health_every, self._write, directory, at_step))
         return found
 
     def _build(self, state: Path | None) -> Any:

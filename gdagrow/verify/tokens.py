@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gdagrow.errors import CompareError
+from gdagrow.formats.byte_tokenizer import is_byte_tokenizer
 from gdagrow.formats.links import require_inside
 
 
@@ -41,7 +42,7 @@ def _token_ids(text: Path, directory: Path) -> list[int]:
     except OSError as error:
         raise CompareError(f"{text} cannot be read ({error.strerror}); give a text file") from None
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if not path.exists() or is_byte_tokenizer(path):
         return list(content)
     try:
         from tokenizers import Tokenizer

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "gdagrow"
 ORDER = (
     "errors", "header", "axes", "coordinates", "heads", "growth", "split", "engine", "recipe", "archs", "rows",
     "formats", "lambda_init", "convert", "reading", "plan", "record", "units", "layout", "costs", "output", "streaming",
-    "moments", "optimizer_file", "trainer_checkpoint", "expand", "growing", "models",
+    "moments", "optimizer_file", "trainer_checkpoint", "expand", "growing", "models", "export",
     "verify", "report", "train",
 )  # fmt: skip
 # Stricter than the order: these stand beside the growth of tensors and know nothing of it.
@@ -28,13 +28,8 @@ INSIDE_FUNCTIONS = {"transformers", "accelerate", "datasets", "tokenizers", "rua
 NAMED_FOR = {
     "matplotlib": {"report/panel.py", "report/charts.py", "report/head_maps.py"},
     "transformers": {
-        "models/hf.py",
-        "models/hf_config.py",
-        "train/building.py",
-        "train/callbacks.py",
-        "train/engine.py",
-        "train/flow.py",
-        "train/run.py",
+        *(f"models/{name}.py" for name in ("hf", "hf_config", "hf_layers", "hf_model")),
+        *(f"train/{name}.py" for name in ("building", "callbacks", "engine", "flow", "health_callback", "run")),
     },
 }
 

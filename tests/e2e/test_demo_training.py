@@ -36,6 +36,8 @@ def test_directory_is_complete_and_nothing_lies_beside_it(trained: tuple[Path, s
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
     assert list(out_dir.parent.iterdir()) == [out_dir]
     assert json.loads((out_dir / "config.json").read_text()) == CONFIG

@@ -51,7 +51,7 @@ def test_rows_through_datasets(kind: str, tmp_path: Path) -> None:
         datasets.Dataset.from_list(rows).to_parquet(path)
     expected = as_tokens("".join(row["words"] + "\0" for row in rows))  # type: ignore[misc]
     assert torch.equal(tokens(tmp_path, end=0, train=str(path), text_key="words"), expected)
-    with pytest.raises(TrainError, match=r"expected a text under 'text' in every row, got words, id; set data.text_key"):
+    with pytest.raises(TrainError, match=r"expected a text under 'text' in every row, got words, id; set"):
         tokens(tmp_path, train=str(path))
 
 

@@ -34,10 +34,10 @@ def show_forecast(recipe_file: Path, processes: int | None, *, as_json: bool) ->
 def _print(console: Console, found: Forecast) -> None:
     steps = found.legs[-1].end
     console.print(f"{steps:,} steps of {found.tokens_per_step:,} tokens, {count_text(found.tokens)} tokens in all")
-    console.print(
-        f"  {found.processes} {'process' if found.processes == 1 else 'processes'}, each with {found.micro_batch_size} "
-        f"sequences at once, {found.accumulation} times a step"
-    )
+    processes = "1 process" if found.processes == 1 else f"{found.processes:,} processes, each"
+    at_once = "1 sequence" if found.micro_batch_size == 1 else f"{found.micro_batch_size:,} sequences"
+    often = "once" if found.accumulation == 1 else f"{found.accumulation:,} times"
+    console.print(f"  {processes} with {at_once} at once, {often} a step")
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("")
     for leg in found.legs:

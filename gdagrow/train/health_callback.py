@@ -66,8 +66,8 @@ def health_line(figures: HealthFigures, told: list[str]) -> dict[str, Any]:
     Returns:
         `step`, `event`, `warnings`, and where the model has them: `copies`, by axis the mean `cosine` and
         `relative_distance` of those that growth made equal (or, where there are none, of split parts); `lambda` and the
-        gradients of the noise path relative to the signal path's (`noise_queries`, `noise_keys`), lists over the layers;
-        and as numbers to draw, `copy_distance`, `largest_lambda` and `smallest_noise_share`.
+        gradients of the noise path relative to the signal path's (`noise_queries`, `noise_keys`) as lists over the
+        layers; and as numbers to draw, `copy_distance`, `largest_lambda` and `smallest_noise_share`.
     """
     line: dict[str, Any] = {"step": figures.step, "event": HEALTH, "warnings": told}
     if copies := _by_axis(figures.copies):

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gdagrow.record import read_record
 from gdagrow.train.callbacks import FreezeCallback, GrowthCallback
+from gdagrow.train.health_callback import HealthCallback
 from gdagrow.train.rates import multipliers_of
+from gdagrow.train.recipe import read_train_recipe
 from tests.checkpoints import write_checkpoint
 from tests.command import call
 from tests.trainings import lines, losses, names, write_recipe
@@ -34,7 +37,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def write_growing(path: Path) -> Path:
-    return write_recipe(path, growth=GROWTHS, save_every=2, keep=99, multipliers=True)
+    return write_recipe(path, growth=GROWTHS, save_every=2, keep=99, multipliers=True, health_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,16 @@ def test_the_loss_is_the_same_right_after_a_growth_and_falls_on(grown: Path) -> 
     loss = losses(grown)
     assert list(loss) == list(range(1, 13))
     assert loss[12] < loss[8] < loss[4]
+
+
+def test_its_health_is_told(grown: Path) -> None:
+    health = {line["step"]: line for line in lines(grown) if line.get("event") == "health"}
+    assert list(health) == [3, 6, 9, 12]
+    axes = [sorted(line.get("copies", {})) for line in health.values()]
+    assert axes == [[], ["signal"], ["ffn", "hidden", "signal"], ["ffn", "hidden", "signal"]]
+    # Noise of 1% of each weight is what copies differ by at first (40 dB), a little less where rows are equal.
+    assert 1e-4 < health[9]["copy_distance"] < 0.05
+    assert all(len(line["lambda"]) == 2 and line["warnings"] == [] for line in health.values())
 
 
 def test_the_same_batch_has_the_same_loss_in_float64(grown: Path) -> None:
@@ -177,7 +190,31 @@ def test_a_warm_up_after_growth(wide: Path, tmp_path: Path) -> None:
     assert (first, second) == (pytest.approx(0.25e-3, abs=5e-7), pytest.approx(0.5e-3, abs=5e-7))
 
 
+def test_copies_that_cannot_part_are_warned_of(tmp_path: Path) -> None:
+    from gdagrow_cli.main import main
+
+    write_checkpoint(tmp_path / "source", dtype=torch.float32)
+    words = ["expand", str(tmp_path / "source"), str(tmp_path / "exact"), "--signal-x2", "--exact-copies", "--quiet"]
+    assert main(words) == 0
+    written: list[Any] = []
+    stock_trainer(tmp_path / "exact", tmp_path, HealthCallback(10, written.append, tmp_path / "exact"), steps=20)
+    assert [(line["step"], len(line["warnings"])) for line in written] == [(10, 0), (20, 1)]
+    assert "copies along signal are bit for bit the same 20 steps after the growth" in written[1]["warnings"][0]
+    assert written[1]["copy_distance"] == 0
+
+
 def test_blocks_are_kept_in_a_trainer_of_ones_own(wide: Path, tmp_path: Path) -> None:
     moved = stock_trainer(wide, tmp_path, FreezeCallback(5, layers=[1]), steps=2)
     kept = {name for name, by in moved.items() if not by.any()}
     assert kept == {name for name in moved if name.startswith("model.layers.1.")}
+
+
+def test_the_shipped_demo_in_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[2] / "recipes" / "train" / "demo.yaml"
+    values = read_train_recipe(path).as_dict()
+    (growth,) = values["growth"]
+    values |= {"steps": 6, "save_every": 3, "evaluate_every": 0, "evaluate_on": 4, "growth": [{**growth, "at": 3}]}
+    with (tmp_path / "demo.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(values, file)
+    assert call(capsys, "train", tmp_path / "demo.yaml", "--out", tmp_path / "run", "--quiet").code == 0
+    assert len(tensors(tmp_path / "run" / "model")["model.layers.3.self_attn.q_proj.weight"]) == (6 + 1) * 2 * 32

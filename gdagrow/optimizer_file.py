@@ -146,9 +146,8 @@ def _misshapen(state: OptimizerState, parameters: Mapping[str, TensorInfo]) -> l
         f"{key} of {name} has shape {list(leaf.shape)}, the weight {list(parameters[name].shape)}"
         for name, kept in state.by_name.items()
         for key, leaf in kept.items()
-        if isinstance(leaf, TensorInfo) and leaf.shape and leaf.shape != parameters[name].shape
-        and (key in POWERS or leaf.num_elements > 1)
-    ]  # fmt: skip
+        if key in POWERS and isinstance(leaf, TensorInfo) and leaf.shape != parameters[name].shape
+    ]
 
 
 def _require_moments(state: OptimizerState) -> None:

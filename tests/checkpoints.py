@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from gdagrow.archs.motif import Motif
+from gdagrow.models.gda import load_model
 
 # What stands beside the weights of a published model and goes with one grown from it, by path and content.
 COMPANIONS: Mapping[str, bytes] = {
@@ -83,6 +84,21 @@ def write_checkpoint(
     if companions:
         write_files(directory, COMPANIONS)
     return config
+
+
+def write_training_state(directory: Path, **topology: Any) -> None:
+    """Write a float32 checkpoint with the files of a run of the Trainer that made one step with AdamW."""
+    write_checkpoint(directory, **{"dtype": torch.float32, **topology})
+    model = load_model(directory)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    schedule.step()
+    torch.save(optimizer.state_dict(), directory / "optimizer.pt")
+    torch.save(schedule.state_dict(), directory / "scheduler.pt")
+    (directory / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 10, "log_history": []}')
 
 
 def random_tensors(

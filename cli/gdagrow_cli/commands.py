@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import gdagrow
+from gdagrow.formats.kind import Format
 from gdagrow.growing import prepare_growth
 from gdagrow.layout import DEFAULT_MAX_SHARD_SIZE, parse_size
 from gdagrow.recipe import Recipe
@@ -98,6 +99,42 @@ def expand(
     from gdagrow_cli.expand_view import run_expand
 
     run_expand(growing, out, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A directory of safetensors weights, or a distributed checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
+    to: Annotated[Format, typer.Option(help="The format to write.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The config.json of a distributed checkpoint that has none, or the directory of the model that it "
+            "was trained from.",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What stands before a weight's name in its key in dcp: model. if left out; '' for nothing.",
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="The largest weight file, such as 5GB or 512MiB.")
+    ] = DEFAULT_MAX_SHARD_SIZE,
+    as_json: AsJson = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.", show_default=False)
+    ] = False,
+) -> None:
+    """Copy a model's weights between safetensors and a torch distributed checkpoint (DCP), bit for bit."""
+    from gdagrow_cli.convert_view import run_convert
+
+    run_convert(source, out, to, config, prefix, parse_size(max_shard_size), as_json=as_json, quiet=quiet)
 
 
 @app.command()

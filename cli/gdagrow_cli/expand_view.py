@@ -2,14 +2,11 @@
 
 import os
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gdagrow.expand import Expansion
 from gdagrow.expand import expand as expand_checkpoint
@@ -17,7 +14,8 @@ from gdagrow.growing import Growing
 from gdagrow.recipe import Recipe
 from gdagrow.record import RECORD_FILE
 from gdagrow.units import bytes_text, count_text
-from gdagrow_cli.console import print_json, print_unbroken, printable, stderr_console, stdout_console
+from gdagrow_cli.byte_progress import byte_progress
+from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
 from gdagrow_cli.plan_view import (
     growth_as_dict,
     growth_text,
@@ -39,7 +37,7 @@ def run_expand(growing: Growing, out: Path | None, *, as_json: bool, quiet: bool
     checkpoint = growing.plan.header.directory
     target = out or default_target(checkpoint, growing.plan.recipe)
     start = time.monotonic()
-    with _progress(growing.output.num_bytes, shown=not as_json and not quiet) as advance:
+    with byte_progress("growing", growing.output.num_bytes, shown=not as_json and not quiet) as advance:
         expansion = _expand_or_stop(growing, target, advance)
     seconds = time.monotonic() - start
     if as_json:
@@ -64,18 +62,6 @@ def _expand_or_stop(growing: Growing, target: Path, advance: Callable[[int], Non
         if (target / RECORD_FILE).exists():  # the output is put into place whole, so it came before the signal
             raise Stopped(stopped.signum, f"{target} is there, whole") from None
         raise
-
-
-@contextmanager
-def _progress(num_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield what takes the number of bytes written since its last call, and shows them on a terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    columns = (TextColumn("growing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        task = progress.add_task("", total=num_bytes)
-        yield lambda more: progress.advance(task, more)
 
 
 def _print(console: Console, growing: Growing, expansion: Expansion, seconds: float) -> None:

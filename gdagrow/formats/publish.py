@@ -27,6 +27,7 @@ _LEFT_BEHIND: Final = (
     *((pattern, _WEIGHTS) for pattern in (
         "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.h5", "*.h5.index.json",
         "*.msgpack", "*.msgpack.index.json", "*.pt", "*.pth", "*.onnx", "*.onnx_data",
+        "*.distcp", ".metadata",
     )),
     (".git/", "history of the source"),
     (".cache/", "download records of the source"),

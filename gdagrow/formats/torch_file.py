@@ -127,7 +127,9 @@ def read_small(path: Path, info: TensorInfo) -> Tensor:
     with path.open("rb") as file:
         file.seek(info.start)
         octets = bytearray(file.read(info.stop - info.start))
-    return torch.frombuffer(octets, dtype=DTYPES[info.dtype]).reshape(info.shape)
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    tensor.reshape(-1).view(torch.uint8)[:] = torch.tensor(octets, dtype=torch.uint8)
+    return tensor
 
 
 def map_leaves(tree: Any, change: Callable[[str, Any], Any], path: str = "") -> Any:

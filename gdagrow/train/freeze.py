@@ -181,7 +181,8 @@ def freeze(optimizer: Optimizer, model: nn.Module, frozen: Frozen, *, num_steps:
     parameter that is frozen whole takes none, and its moments stand still. Parameters may be sharded (`DTensor`).
 
     Args:
-        optimizer: The one that steps them, itself, not what an engine wraps around it; its steps take no closure.
+        optimizer: The one that steps them, itself, not what an engine wraps around it; its steps take no closure. Call
+            this once a resumed run has loaded its state: distributed checkpoints take a step to make room for it.
         model: Has the parameters.
         frozen: What, from `blocks` or `old_heads`, or both in one dict.
         num_steps: For how many steps, 1 or more; fewer if some were taken before a run was resumed.

@@ -95,6 +95,12 @@ class HealthMeter:
         self._sizes = architecture.sizes(config)
         self._table = {parameter.name: parameter for parameter in architecture.table(config)}
         self._first_index = 0 if architecture.name == "motif" else INDEX_SHIFT
+        # Of the rows of queries and keys, which are of noise heads.
+        self._noise_rows = {
+            row: self._noise_heads(parameter).repeat_interleave(self._sizes.head_dim)
+            for row, parameter in self._table.items()
+            if row.endswith(("q_proj.weight", "k_proj.weight"))
+        }
         self._copies = None if record is None else CopyMeter(self._table, *recorded_growth(record, self._sizes))
 
     @torch.no_grad()
@@ -111,36 +117,23 @@ class HealthMeter:
         """
         copies: list[CopyFigures] = []
         vectors: dict[int, dict[str, Tensor]] = {}
-        gradients: dict[str, dict[int, float]] = {"q_proj": {}, "k_proj": {}}
+        shares: dict[str, dict[int, float]] = {"q_proj": {}, "k_proj": {}}
         for name, parameter in model.named_parameters():
-            place = row_of(name, self._table)
-            if place is None:
-                continue
-            row, layer = place
+            row, layer = row_of(name, self._table) or ("", None)
+            leaf = row.removesuffix(".weight").rpartition(".")[2]
             if self._copies and self._copies.has_copies(row):
                 copies += self._copies.measure(row, layer, full(parameter.detach()))
-            leaf = row.rpartition(".self_attn.")[2]
             if layer is not None and leaf.startswith("lambda_"):
                 vectors.setdefault(layer, {})[leaf] = full(parameter.detach()).double()
-            projection = leaf.removesuffix(".weight")
-            if layer is not None and projection in gradients and parameter.grad is not None:
-                share = self._noise_share(self._table[row], full(parameter.grad))
-                if share is not None:
-                    gradients[projection][layer] = share
+            if layer is not None and row in self._noise_rows and parameter.grad is not None:
+                share = _noise_share(self._noise_rows[row], full(parameter.grad))
+                shares[leaf] |= {} if share is None else {layer: share}
         lambdas = {layer: self._lambda(layer, of_layer) for layer, of_layer in sorted(vectors.items())}
-        return HealthFigures(step, since_growth, tuple(copies), lambdas, gradients["q_proj"], gradients["k_proj"], loss)
+        return HealthFigures(step, since_growth, tuple(copies), lambdas, shares["q_proj"], shares["k_proj"], loss)
 
     def _lambda(self, layer: int, vectors: Mapping[str, Tensor]) -> float:
         first, second = (float((vectors[f"lambda_q{i}"] * vectors[f"lambda_k{i}"]).sum().exp()) for i in (1, 2))
         return first - second + lambda_init(layer + self._first_index)
-
-    def _noise_share(self, parameter: Parameter, gradient: Tensor) -> float | None:
-        """The root mean square of a gradient's noise rows relative to its signal rows; None if those are zero."""
-        is_noise = self._noise_heads(parameter).repeat_interleave(self._sizes.head_dim)
-        sampled = gradient.index_select(1, spread(gradient.shape[1], SAMPLED_WEIGHTS).to(gradient.device)).double()
-        squares = sampled.square().mean(1).cpu()
-        signal, noise = float(squares[~is_noise].mean()), float(squares[is_noise].mean())
-        return sqrt(noise / signal) if signal else None
 
     def _noise_heads(self, parameter: Parameter) -> Tensor:
         """For each head of the rows of `q_proj` or `k_proj`, whether it is a noise head."""
@@ -149,6 +142,14 @@ class HealthMeter:
         places = [dict(coordinates(expression, sizes, head * self._sizes.head_dim)) for head in heads]
         # A query head is a signal head if it has a place on that axis; of a KV group the second key is the noise key.
         return torch.tensor([place["2"] == 1 if "kv" in place else "signal" not in place for place in places])
+
+
+def _noise_share(is_noise: Tensor, gradient: Tensor) -> float | None:
+    """The root mean square of a gradient's noise rows relative to its signal rows; None if those are zero."""
+    sampled = gradient.index_select(1, spread(gradient.shape[1], SAMPLED_WEIGHTS).to(gradient.device)).double()
+    squares = sampled.square().mean(1).cpu()
+    signal, noise = float(squares[~is_noise].mean()), float(squares[is_noise].mean())
+    return sqrt(noise / signal) if signal else None
 
 
 # Copies that got noise have other gradients from the first step on, but bfloat16 may lose the first updates whole.

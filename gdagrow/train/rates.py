@@ -168,7 +168,8 @@ def scaled_rates(
 
     Args:
         optimizer: One of torch's, or one that keeps nothing of its own in its groups; itself, not what an engine wraps
-            around it (accelerate's has it as `.optimizer`). Where an engine shards parameters, call this after it.
+            around it (accelerate's has it as `.optimizer`). Call this once an engine has sharded the parameters and a
+            resumed run has loaded its state: distributed checkpoints take a step to make room for what they load.
         multipliers: By parameter, above 0; a parameter that is missing has 1. To leave parameters as they are, see
             `gdagrow.train.freeze`.
         warm_up_steps: Steps of a linear warm-up from 0 to the full rate (see `warm_up_factor`); 0 for none.

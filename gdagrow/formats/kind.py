@@ -1,0 +1,32 @@
+"""In which format a checkpoint directory stores its weights."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.dcp_metadata import METADATA_FILE, is_dcp
+from gdagrow.formats.safetensors_header import INDEX_FILE, SINGLE_FILE
+
+
+class Format(StrEnum):
+    """How weights are stored: in safetensors files, or as a torch distributed checkpoint (DCP)."""
+
+    dcp = "dcp"
+    safetensors = "safetensors"
+
+
+def format_of(directory: Path) -> Format:
+    """How a checkpoint stores its weights; what is neither is for the reader of safetensors to refuse.
+
+    Raises:
+        CheckpointError: it has weights in both formats.
+    """
+    if not is_dcp(directory):
+        return Format.safetensors
+    if others := [name for name in (SINGLE_FILE, INDEX_FILE) if os.path.lexists(directory / name)]:
+        raise CheckpointError(
+            f"{directory} has both {METADATA_FILE} and {others[0]}, so it is ambiguous which holds the model; "
+            "remove the one that is stale"
+        )
+    return Format.dcp

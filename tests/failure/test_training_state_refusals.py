@@ -1,0 +1,143 @@
+"""Training states that do not belong, or ask for something else than to be read: one sentence, nothing written."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import write_checkpoint, write_training_state
+from tests.command import call
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_training_state(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def change(directory: Path, edit: Callable[[Any], None], file: str = "optimizer.pt") -> None:
+    tree = torch.load(directory / file, weights_only=True)
+    edit(tree)
+    torch.save(tree, directory / file)
+
+
+def other_model(source: Path) -> None:
+    write_training_state(source.parent / "other", layers=3)
+    os.replace(source.parent / "other/optimizer.pt", source / "optimizer.pt")
+
+
+def other_width(source: Path) -> None:
+    write_training_state(source.parent / "other", hidden=48)
+    os.replace(source.parent / "other/optimizer.pt", source / "optimizer.pt")
+
+
+def no_moments(source: Path) -> None:
+    change(source, lambda tree: tree["state"].pop(3))
+
+
+def unknown_moments(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["exp_avg_sq_row"] = torch.zeros(61)
+
+    change(source, edit)
+
+
+def one_wrong_shape(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["exp_avg"] = tree["state"][0]["exp_avg"].t().contiguous()
+
+    change(source, edit)
+
+
+def not_an_optimizer(source: Path) -> None:
+    torch.save({"model": torch.zeros(3)}, source / "optimizer.pt")
+
+
+class Running:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def code(source: Path) -> None:
+    torch.save({"state": Running(), "param_groups": []}, source / "optimizer.pt")
+
+
+def no_optimizer(source: Path) -> None:
+    (source / "optimizer.pt").unlink()
+
+
+def a_link_outside(source: Path) -> None:
+    os.replace(source / "optimizer.pt", source.parent / "elsewhere.pt")
+    (source / "optimizer.pt").symlink_to(source.parent / "elsewhere.pt")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "of another model": (other_model, "has 51 parameters in its groups, expected 35 or "),
+    "of another width": (other_width, "exp_avg of model.embed_tokens.weight has shape [61, 48], the "),
+    "one wrong shape": (
+        one_wrong_shape,
+        "exp_avg of model.embed_tokens.weight has shape [32, 61], the ",
+    ),
+    "missing moments": (no_moments, "model.layers.0.self_attn.lambda_q2 has none"),
+    "unknown moments": (unknown_moments, "exp_avg_sq_row of model.embed_tokens.weight"),
+    "no optimizer's file": (not_an_optimizer, "expected the state_dict of one torch optimizer"),
+    "code": (code, "it was not run"),
+    "a schedule alone": (no_optimizer, "has scheduler.pt and no optimizer.pt"),
+    "a link outside": (a_link_outside, "a link that leads out of its checkpoint directory"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), REFUSED.values(), ids=list(REFUSED))
+def test_one_sentence_and_nothing_written(
+    source: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None], sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(source.parent)
+    spoil(source)
+    before = sorted(source.parent.iterdir())
+    for command in (("plan", source), ("expand", source, source.parent / "grown")):
+        outcome = call(capsys, *command, "--signal-x2")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err.count("\n") == 1
+        assert sentence in outcome.err
+    assert sorted(source.parent.iterdir()) == before
+
+
+def test_the_parts_of_the_parameter_count_are_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other_model(source)
+    told = call(capsys, "plan", source, "--signal-x2").err
+    assert "take the model alone with gdagrow export" in told
+
+
+def test_flags_without_a_training_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "model")
+    for flag in (("--moments", "reset"), ("--schedule", "restart")):
+        outcome = call(capsys, "expand", tmp_path / "model", "--signal-x2", *flag)
+        assert outcome.code == 2
+        assert "has no training state (optimizer.pt)" in outcome.err
+    assert not list(tmp_path.glob("model-*"))
+
+
+def test_a_schedule_that_is_not_understood_cannot_restart(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"_schedulers": [], "last_epoch": 3}, source / "scheduler.pt")
+    outcome = call(capsys, "expand", source, source.parent / "grown", "--signal-x2", "--schedule", "restart")
+    assert outcome.code == 2
+    assert "keep it with --schedule keep" in outcome.err
+    assert call(capsys, "expand", source, source.parent / "grown", "--signal-x2").code == 0
+
+
+def test_a_run_at_its_last_step_is_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "trainer_state.json").write_text('{"global_step": 10, "max_steps": 10, "loss": NaN}')
+    outcome = call(capsys, "plan", source, "--signal-x2")
+    assert "the run is at step 10 of 10" in outcome.out.replace("\n", " ")
+    assert "the run is at step" not in call(capsys, "plan", source, "--signal-x2", "--schedule", "restart").out
+
+
+def test_reset_needs_no_moments_that_can_be_grown(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unknown_moments(source)
+    outcome = call(capsys, "expand", source, source.parent / "grown", "--signal-x2", "--moments", "reset")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert torch.load(source.parent / "grown/optimizer.pt", weights_only=True)["state"] == {}

@@ -13,8 +13,9 @@ from gdagrow.formats.strict_json import parse_object
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.train.recipe import ModelSource
 
-# What several processes save their parts of the weights as: accelerate's name for it.
+# What several processes save their parts of weights and moments as: accelerate's names.
 SHARDED_WEIGHTS: Final = "pytorch_model_fsdp_0"
+SHARDED_OPTIMIZER: Final = "optimizer_0"
 
 # Weights and moments are kept so, whatever a step is computed in.
 KEPT_DTYPE: Final = "F32"

@@ -13,12 +13,13 @@ from transformers.utils import logging
 
 from gdagrow.archs import architecture_of
 from gdagrow.errors import TrainError
-from gdagrow.formats.publish import copy_companions
 from gdagrow.growing import grow_checkpoint
+from gdagrow.header import Header
 from gdagrow.record import RECORD_FILE
+from gdagrow.train.beginning import begin
 from gdagrow.train.building import build_model
 from gdagrow.train.callbacks import FreezeCallback, GrowthCallback
-from gdagrow.train.configs import config_in, is_sharded
+from gdagrow.train.configs import is_sharded
 from gdagrow.train.data import Windows, open_tokens, prepare_tokens
 from gdagrow.train.dry_run import headers_of, shares_of
 from gdagrow.train.engine import RunTrainer, arguments
@@ -26,23 +27,20 @@ from gdagrow.train.flow import RunCallback
 from gdagrow.train.health_callback import HealthCallback
 from gdagrow.train.metrics import GROWTH, MetricsFile
 from gdagrow.train.processes import Processes
-from gdagrow.train.recipe import FIXED, MidRunGrowth, TrainRecipe, read_train_recipe
+from gdagrow.train.recipe import MidRunGrowth, TrainRecipe
 from gdagrow.train.run_directory import (
     METRICS_FILE,
     MODEL,
-    RECIPE_FILE,
     TOKENS,
     RunState,
-    clear,
     grown_name,
-    is_begun,
     keep_last,
     last_state,
     publish,
     remove_unfinished,
     saving_directory,
 )
-from gdagrow.train.sharded import load_sharded
+from gdagrow.train.state_files import make_model, read_state
 
 
 class Watcher(Protocol):
@@ -82,12 +80,12 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     logging.disable_progress_bar()
     processes = Processes(on_cpu=recipe.device == "cpu")
     shares_of(recipe, processes.count)  # refuses a batch that does not divide
-    config = headers_of(recipe)[0].config  # refuses what cannot grow so
-    vocab = architecture_of(config).sizes(config).vocab
+    start = headers_of(recipe)[0]  # refuses what cannot grow so
+    vocab = architecture_of(start.config).sizes(start.config).vocab
     if processes.is_first:
-        _begin(recipe, run, resume=resume, restart=restart)
+        begin(recipe, run, resume=resume, restart=restart)
         if not (run / TOKENS).exists():
-            prepare_tokens(recipe.data, saving_directory(run) / TOKENS, vocab, config.get("eos_token_id"))
+            prepare_tokens(recipe.data, saving_directory(run) / TOKENS, vocab, start.config.get("eos_token_id"))
             publish(run, TOKENS)
     processes.wait()
     training, held_out = open_tokens(recipe.data, run / TOKENS, recipe.context_length, vocab)
@@ -99,67 +97,19 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     # A whole number of batches, so that the same sequences make a step however many processes share it.
     training = training.part(0, len(training) // recipe.batch_size * recipe.batch_size)
     held_out = held_out and held_out.part(0, min(len(held_out), recipe.evaluate_on))
-    finished = _Run(recipe, run, config, training, held_out, processes, watcher).go_on()
+    finished = _Run(recipe, run, start, training, held_out, processes, watcher).go_on()
     processes.leave()
     return finished
-
-
-def _begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> None:
-    """Make the run's directory ready.
-
-    Raises:
-        TrainError: it has a run already that is done, was another one, or shall neither be resumed nor restarted.
-    """
-    if restart:
-        clear(run)
-    if is_begun(run) and not resume:
-        raise TrainError(f"{run} is not empty; --resume goes on with the run in it, --restart begins it anew")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainError(f"{run} cannot be made ({error.strerror}); choose another place") from None
-    remove_unfinished(run)
-    last = last_state(run)
-    if (run / RECIPE_FILE).exists() and last is not None:
-        _require_same(recipe, read_train_recipe(run / RECIPE_FILE), last, run)
-    if last is not None and last.step >= recipe.steps and (run / MODEL).exists():
-        raise TrainError(f"{run}: all {recipe.steps} steps are done; to go on, ask for more steps in the recipe")
-    shutil.rmtree(run / MODEL, ignore_errors=True)
-    _write_recipe(recipe, run / RECIPE_FILE)
-
-
-def _require_same(recipe: TrainRecipe, before: TrainRecipe, last: RunState, run: Path) -> None:
-    changed = [key for key in FIXED if getattr(recipe, key) != getattr(before, key)]
-    if _done(recipe, last) != _done(before, last):
-        changed.append("growth")
-    if changed:
-        raise TrainError(
-            f"{run} was begun with another {', '.join(changed)} than the recipe says; take {run / RECIPE_FILE}, or "
-            "begin anew with --restart"
-        )
-
-
-def _done(recipe: TrainRecipe, last: RunState) -> list[MidRunGrowth]:
-    return [growth for growth in recipe.growth if growth.at < last.step + last.grown]
-
-
-def _write_recipe(recipe: TrainRecipe, path: Path) -> None:
-    from ruamel.yaml import YAML
-
-    with path.open("w", encoding="utf-8") as file:
-        writer = YAML(typ="safe", pure=True)
-        writer.default_flow_style = False
-        writer.dump(recipe.as_dict(), file)
 
 
 class _Run:
     """A run with its text and its directory: legs between growths, each with a model and a Trainer of its own."""
 
     def __init__(
-        self, recipe: TrainRecipe, run: Path, config: Mapping[str, Any], training: Windows, held_out: Windows | None,
+        self, recipe: TrainRecipe, run: Path, start: Header, training: Windows, held_out: Windows | None,
         processes: Processes, watcher: Watcher,
     ) -> None:  # fmt: skip
-        self._recipe, self._run, self._config = recipe, run, config
+        self._recipe, self._run, self._start = recipe, run, start
         self._training, self._held_out = training, held_out
         self._processes, self._watcher = processes, watcher
         self._metrics: MetricsFile | None = None
@@ -240,28 +190,20 @@ class _Run:
         return found
 
     def _build(self, state: Path | None) -> Any:
+        """The model of a state, or of the start, with its weights unless these are sharded."""
+        header = self._start if state is None else read_state(state)
         weights = self._recipe.model.directory if state is None else None if is_sharded(state) else state
-        model = build_model(
-            self._config if state is None else config_in(state), weights, self._recipe.seed,
-            is_first=self._processes.is_first,
-        )  # fmt: skip
+        seed, is_first = self._recipe.seed, self._processes.is_first
+        model = build_model(header.config, header.tensors, weights, seed, is_first=is_first)
         if self._recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
     def _publish_model(self, state: Path) -> None:
-        partial = saving_directory(self._run) / MODEL
-        shutil.rmtree(partial, ignore_errors=True)
-        weights = None if is_sharded(state) else state
-        model = build_model(config_in(state), weights, self._recipe.seed, is_first=True)
-        if weights is None:
-            load_sharded(state, model)
-        if self._recipe.model.directory is not None:
-            partial.mkdir(parents=True)
-            copy_companions(self._recipe.model.directory, partial)
-        model.save_pretrained(partial)
-        if (state / RECORD_FILE).exists():
-            shutil.copyfile(state / RECORD_FILE, partial / RECORD_FILE)
+        target = saving_directory(self._run) / MODEL
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        make_model(self._recipe, state, target)
         publish(self._run, MODEL)
 
     def _write(self, line: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from gdagrow.train.configs import SHARDED_WEIGHTS
-
-# Accelerate's name for it.
-SHARDED_OPTIMIZER: Final = "optimizer_0"
+from gdagrow.train.configs import SHARDED_OPTIMIZER, SHARDED_WEIGHTS
 
 
 def load_sharded(state: Path, model: nn.Module, optimizer: Any = None) -> None:

@@ -180,6 +180,36 @@ def test_what_cannot_be_done_is_refused(
         assert names(tmp_path / "run") == before
 
 
+class _Code:
+    """Asks for a call when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("optimizer.pt", {"state": {}, "param_groups": [{"params": [0, 1]}]}, "optimizer.pt"),
+        ("optimizer.pt", _Code(), "optimizer.pt"),
+        ("model.safetensors", None, "model.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_state_that_is_not_of_this_run_is_refused_before_the_engine_has_it(
+    file: str, content: Any, told: str, done: tuple[Path, Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done[0] / "whole", tmp_path / "run")
+    if content is None:
+        (tmp_path / "run" / "checkpoint-12" / file).unlink()
+    else:
+        torch.save(content, tmp_path / "run" / "checkpoint-12" / file)
+    recipe = write_recipe(tmp_path / "r.yaml", steps=14)
+    outcome = call(capsys, "train", recipe, "--out", tmp_path / "run", "--resume", "--quiet")
+    assert outcome.code == 2
+    assert told in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", optimizer={"learning_rate": 1e30, "max_grad_norm": 0}, evaluate_every=0)
     outcome = call(capsys, "train", recipe, "--out", tmp_path / "run", "--quiet")

@@ -52,7 +52,7 @@ def test_what_is_kept_by_optimizer_and_precision() -> None:
 def test_activations_against_what_a_layer_keeps(activation: str) -> None:
     config = {**CONFIG, "hidden_size": 64, "intermediate_size": 192, "hidden_act": activation}
     ids, kept = torch.zeros(2, 16, dtype=torch.long), {}
-    model = build_model(config, None, 0, is_first=True).train()
+    model = build_model(config, (), None, 0, is_first=True).train()
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,6 @@ from gdagrow.train.recipe import TrainRecipe
 _PASSES: Final = 3
 _KEPT_BYTES: Final = 4
 _COMPUTED_BYTES: Final = {"bf16": 2, "fp32": 4}
-# Moments of each weight, in units of the weight itself.
-_MOMENTS: Final = {"adamw": 2, "sgd": 1}
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def _leg(recipe: TrainRecipe, header: Header, begin: int, end: int, num_processe
 
 def _memory(recipe: TrainRecipe, header: Header, figures: ModelFigures, num_processes: int, at_once: int) -> Memory:
     share = -(-figures.num_parameters // num_processes)
-    moments = _MOMENTS[recipe.optimizer.name] if recipe.optimizer.name == "adamw" or recipe.optimizer.momentum else 0
+    moments = _moments(recipe, figures)
     item, tokens = _COMPUTED_BYTES[recipe.precision], at_once * recipe.context_length
     layer = activation_bytes(header.config, figures.sizes) * tokens
     stored = figures.sizes.hidden * item * tokens
@@ -132,12 +130,22 @@ def _memory(recipe: TrainRecipe, header: Header, figures: ModelFigures, num_proc
     return Memory(
         weights=share * _KEPT_BYTES,
         gradients=share * _KEPT_BYTES,
-        optimizer=share * _KEPT_BYTES * moments,
+        optimizer=-(-moments // num_processes) * _KEPT_BYTES,
         gathered=_gathered(header, item) if num_processes > 1 else figures.num_parameters * item * (item < _KEPT_BYTES),
         activations=layers * stored + layer if recipe.gradient_checkpointing else layers * layer,
         # In the dtype of the computation, as float32 for the loss, and the gradients of both.
         logits=tokens * figures.sizes.vocab * 2 * (item + _KEPT_BYTES),
     )
+
+
+def _moments(recipe: TrainRecipe, figures: ModelFigures) -> int:
+    """Values that the optimizer keeps."""
+    optimizer, parameters = recipe.optimizer, figures.num_parameters
+    if optimizer.name == "sgd":
+        return parameters if optimizer.momentum else 0
+    # Muon keeps one for the matrices of the layers (and of what little else there is in them).
+    in_layers = figures.parameters["attention"] + figures.parameters["mlp"]
+    return 2 * parameters - (in_layers if optimizer.name == "muon" else 0)
 
 
 def _gathered(header: Header, item: int) -> int:

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from gdagrow.record import RECORD_FILE
 from gdagrow.train.configs import is_sharded
 from gdagrow.train.dry_run import shares_of
+from gdagrow.train.muon import MuonAndAdamW
 from gdagrow.train.recipe import TrainRecipe
 from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory
 from gdagrow.train.schedule import learning_rate_factor
 from gdagrow.train.sharded import load_sharded, load_whole_optimizer
 
-_OPTIMIZERS: Final = {"adamw": "adamw_torch", "sgd": "sgd"}
+# What the Trainer calls them; it knows no Muon.
+_OPTIMIZERS: Final = {"adamw": "adamw_torch", "sgd": "sgd", "muon": "adamw_torch"}
 
 
 def arguments(recipe: TrainRecipe, run: Path, num_processes: int, *, evaluate_first: bool) -> TrainingArguments:
@@ -121,6 +123,12 @@ class RunTrainer(Trainer):
         """Matrices alone: by their names, lambdas, sub-norms and PolyNorm's weights would decay too."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer."""
+        if self.optimizer is None and self._recipe.optimizer.name == "muon":
+            self.optimizer = MuonAndAdamW(model or self._trained, self._recipe.optimizer)
+        return super().create_optimizer(model)
+
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         assert self.optimizer is not None
@@ -151,12 +159,13 @@ class RunTrainer(Trainer):
     def _follow_recipe(self, scheduler: LambdaLR) -> None:
         """Undo what a state says of the settings: the recipe says it, and a user may have changed it meanwhile."""
         settings, groups = self._recipe.optimizer, self._optimizer.param_groups
-        own = ("betas", "eps") if settings.name == "adamw" else ("momentum",)
         factor = learning_rate_factor(self._recipe, scheduler.last_epoch)
         for number, group in enumerate(groups):
-            group |= {key: getattr(settings, key) for key in own}
+            group |= {key: getattr(settings, key) for key in ("betas", "momentum") if key in group}
+            if "betas" in group:
+                group["eps"] = settings.eps
             group |= {"initial_lr": settings.learning_rate, "lr": settings.learning_rate * factor}
-            group["weight_decay"] = 0.0 if number else settings.weight_decay  # the Trainer puts what decays first
+            group["weight_decay"] = 0.0 if number == len(groups) - 1 else settings.weight_decay  # vectors come last
         scheduler.base_lrs = [settings.learning_rate for _ in groups]
         scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
 

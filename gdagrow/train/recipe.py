@@ -73,22 +73,23 @@ class DataSource(_Strict):
 
 
 class OptimizerSettings(_Strict):
-    """Torch's own AdamW or SGD.
+    """Torch's own AdamW, SGD, or Muon for the matrices of the layers with AdamW for all else.
 
-    betas, eps: Of AdamW. momentum: Of SGD. max_grad_norm: Gradients are clipped to this norm; 0 for not at all.
+    betas, eps: Of AdamW. momentum: Of SGD and Muon. weight_decay: Of matrices alone.
+    max_grad_norm: Gradients are clipped to this norm; 0 for not at all.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
     learning_rate: Positive
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    momentum: Share = 0.9
+    momentum: Share = 0.95
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
 
     @model_validator(mode="after")
     def _only_its_own(self) -> "OptimizerSettings":
-        others = {"adamw": ("momentum",), "sgd": ("betas", "eps")}[self.name]
+        others = {"adamw": ("momentum",), "sgd": ("betas", "eps"), "muon": ()}[self.name]
         if wrong := [key for key in others if key in self.model_fields_set]:
             raise ValueError(f"{self.name} has no {', '.join(wrong)}; leave it out")
         return self

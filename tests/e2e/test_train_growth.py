@@ -218,3 +218,29 @@ def test_the_shipped_demo_in_few_steps(tmp_path: Path, capsys: pytest.CaptureFix
         YAML(typ="safe", pure=True).dump(values, file)
     assert call(capsys, "train", tmp_path / "demo.yaml", "--out", tmp_path / "run", "--quiet").code == 0
     assert len(tensors(tmp_path / "run" / "model")["model.layers.3.self_attn.q_proj.weight"]) == (6 + 1) * 2 * 32
+
+
+def test_muon_grows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    growth = [{"at": 4, "expand": {"signal": 2, "ffn": 2}}]
+    optimizer = {"name": "muon", "learning_rate": 3e-3}
+    recipe = write_recipe(tmp_path / "r.yaml", steps=8, growth=growth, optimizer=optimizer, keep=9)
+    outcome = call(capsys, "train", recipe, "--out", tmp_path / "run", "--quiet")
+    assert outcome.code == 0, outcome.err
+    found = losses(tmp_path / "run")
+    assert found[8] < found[4] < found[1]
+    saved = torch.load(tmp_path / "run" / "grown-4" / "optimizer.pt", weights_only=True)
+    kept = {tuple(sorted(moments)) for moments in saved["state"].values()}
+    assert kept == {("momentum_buffer",), ("exp_avg", "exp_avg_sq", "step")}
+    names_of = [group["param_names"] for group in saved["param_groups"]]
+    assert names_of[1:2] == [["model.embed_tokens.weight", "lm_head.weight"]]
+    assert [group["weight_decay"] for group in saved["param_groups"]] == [0.1, 0.1, 0.0]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors(tmp_path / "run" / "grown-4").items()}
+    flat = [name for names in names_of for name in names]
+    for index, moments in saved["state"].items():
+        assert all(tuple(value.shape) in ((), shapes[flat[index]]) for value in moments.values())
+    # Killed after the growth, it goes on to the same figures.
+    whole = lines(tmp_path / "run")
+    for name in ("checkpoint-8", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert call(capsys, "train", recipe, "--out", tmp_path / "run", "--resume", "--quiet").code == 0
+    assert lines(tmp_path / "run") == whole

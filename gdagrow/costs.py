@@ -106,9 +106,7 @@ def checkpoint_figures(header: Header) -> ModelFigures:
         ModelTensor(row.part, row.notation, header.tensors[name].dtype, header.tensors[name].shape)
         for name, row in rows.items()
     ]
-    files = {shard: max(info.stop for info in header.tensors.values() if info.shard == shard)
-             for shard in header.shards}  # fmt: skip
-    return _figures(tensors, sizes, files, tied=architecture.is_tied(header.config))
+    return _figures(tensors, sizes, header.shard_bytes, tied=architecture.is_tied(header.config))
 
 
 def growth_figures(plan: GrowthPlan, layouts: Sequence[FileLayout]) -> GrowthFigures:

@@ -44,6 +44,11 @@ class DcpHeader(Header):
         """The files that hold values, sorted by name; `.metadata` is not one."""
         return tuple(sorted(self.dcp.files))
 
+    @property
+    def shard_bytes(self) -> Mapping[str, int]:
+        """Bytes of each of these files, by name."""
+        return {file: num_bytes for file, (_, num_bytes, _) in sorted(self.dcp.files.items())}
+
     def path(self, key: str, like: str, name: str, parameter: str) -> tuple[str | int, ...]:
         """The path in the nested state dict of a key that may be new.
 

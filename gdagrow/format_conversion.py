@@ -4,12 +4,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
-
-from torch import Tensor
+from typing import Final
 
 from gdagrow.archs import Architecture, architecture_of
 from gdagrow.dcp import CONFIG, DcpHeader, config_file, read_dcp
@@ -24,9 +21,9 @@ from gdagrow.formats.links import require_inside
 from gdagrow.formats.publish import SkippedFile, check_free_space, copy_companions, list_companions, staged
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
-from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.header import Header
 from gdagrow.layout import CHUNK_BYTES
+from gdagrow.reading import RowReader, open_reader
 from gdagrow.record import RECORD_FILE
 from gdagrow.rows import claim
 
@@ -125,7 +122,7 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
             raise OutputError(f"{target} lies in the source {directory}, which is never changed; choose another output")
     companions = list_companions(beside)
     record = require_inside(beside, beside / RECORD_FILE)
-    with staged(place) as partial, _open(conversion.header) as reader:
+    with staged(place) as partial, open_reader(conversion.header) as reader:
         num_bytes = sum((beside / name).stat().st_size for name in companions.copied)
         num_bytes += sum(layout.file_bytes for layout in conversion.layouts)
         check_free_space(place.parent, num_bytes + _SPARE_BYTES)
@@ -194,16 +191,8 @@ def _left_in(header: DcpHeader) -> list[SkippedFile]:
     return left
 
 
-class _Rows(Protocol):
-    def rows(self, name: str, begin: int, end: int) -> Tensor: ...
-
-
-def _open(header: Header) -> AbstractContextManager[_Rows]:
-    return DcpTensors(header) if isinstance(header, DcpHeader) else TensorReader(header)
-
-
 def _write_tensors(
-    reader: _Rows, layout: FileLayout, names: Mapping[str, str], directory: Path, progress: Progress | None
+    reader: RowReader, layout: FileLayout, names: Mapping[str, str], directory: Path, progress: Progress | None
 ) -> None:
     with FileWriter(directory / layout.file, layout) as writer:
         for tensor in layout.tensors:

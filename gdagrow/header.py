@@ -57,5 +57,13 @@ class Header:
         return tuple(sorted({info.shard for info in self.stored.tensors.values()}))
 
     @property
+    def shard_bytes(self) -> Mapping[str, int]:
+        """Bytes of each weight file, by name."""
+        ends = {shard: 0 for shard in self.shards}
+        for info in self.stored.tensors.values():
+            ends[info.shard] = max(ends[info.shard], info.stop)
+        return ends
+
+    @property
     def num_bytes(self) -> int:
         return sum(info.stop - info.start for info in self.tensors.values())

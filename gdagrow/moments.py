@@ -89,13 +89,15 @@ def moments_record(
     reset = {found.parameter: found.reset for found in moments.values() if found.reset}
     return {
         "optimizer": {"moments": policy.value, "schedule": schedule.value, "reset": reset},
-        "warm_up": warm_up(beta2) if reset and beta2 is not None else {"steps": 0, "because": "moments are carried"},
+        "warm_up": warm_up(beta2) if reset else {"steps": 0, "because": "all moments are carried"},
     }
 
 
-def warm_up(beta2: float) -> dict[str, Any]:
-    """The proposed linear warm-up where second moments begin at zero, for Adam's `beta2`.
+def warm_up(beta2: float | None) -> dict[str, Any]:
+    """The proposed linear warm-up where second moments begin at zero, for Adam's `beta2`, None where there are none.
 
     Source: Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization (arXiv:1910.04209).
     """
+    if beta2 is None:
+        return {"steps": 0, "because": "no beta2 was found, so no second moments that a warm-up would wait for"}
     return {"steps": round(2 / (1 - beta2)), "because": f"moments begin at zero: 2 / (1 - {beta2:g})"}

@@ -4,13 +4,15 @@ from bisect import bisect_right
 from itertools import accumulate
 from math import prod
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from gdagrow.axes import IndexMap
 from gdagrow.convert import INDEX_SHIFT, LAMBDAS, SUBLN, row_maps
+from gdagrow.dcp import DcpHeader
+from gdagrow.dcp_tensors import DcpTensors
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.formats.torch_file import TorchFileHeader, TorchFileReader
@@ -19,12 +21,30 @@ from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.lambda_init import moved_down, moved_norm
 
 
-def open_reader(header: Header) -> TensorReader:
-    """Open the weight files of a checkpoint.
+class RowReader(Protocol):
+    """What reads stored tensors, and rows of them, by name: see `TensorReader`."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor: ...
+
+
+def open_reader(header: Header) -> RowReader:
+    """Open the files of a checkpoint.
 
     Raises:
         CheckpointError: a shard is gone, or its header is no longer the one that was read.
     """
+    if isinstance(header, DcpHeader):
+        return DcpTensors(header)
     if isinstance(header, TorchFileHeader):
         return TorchFileReader(header)
     return TensorReader(header) if header.view_of is None else ViewReader(header)
@@ -66,11 +86,11 @@ class ViewReader(TensorReader):
         return torch.tensor(moved[LAMBDAS.index(made)], dtype=torch.float64)
 
 
-class ViewFiles:
-    """A view for those who read bytes, as `WeightFiles` has them; rows are put together when they are read."""
+class ReadRows:
+    """A checkpoint for those who read bytes, as `WeightFiles` has them; rows are put together when they are read."""
 
-    def __init__(self, view: Header) -> None:
-        self._view, self._reader = view, ViewReader(view)
+    def __init__(self, header: Header) -> None:
+        self._header, self._reader = header, open_reader(header)
 
     def __enter__(self) -> Self:
         return self
@@ -81,8 +101,8 @@ class ViewFiles:
         self._reader.close()
 
     def find(self, name: str, begin: int = 0, end: int | None = None) -> RowsInFile:
-        """Rows `[begin, end)` of a tensor of the view, in no file of their own."""
-        info = self._view.tensors[name]
+        """Rows `[begin, end)` of a tensor, in no file of their own."""
+        info = self._header.tensors[name]
         shape = (info.shape[0] if end is None else end) - begin, *info.shape[1:]
         return RowsInFile(info, shape, NO_FILE, begin * _row_bytes(info))
 

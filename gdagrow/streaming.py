@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gdagrow.engine import grow_moment_rows, grow_rows
 from gdagrow.formats.file_writer import tensor_bytes
-from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.formats.torch_file import DTYPES
 from gdagrow.growth import block_rows
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, num_workers
 from gdagrow.output import GrownTensor
+from gdagrow.reading import RowReader
 from gdagrow.split import Noise
 
 
@@ -40,7 +40,7 @@ _Grown = tuple[memoryview, Tensor]  # a chunk, and the buffer that holds it
 class Grower:
     """Grows tensors in order. Use as a context manager."""
 
-    def __init__(self, readers: Mapping[str, TensorReader], noise: Noise | None) -> None:
+    def __init__(self, readers: Mapping[str, RowReader], noise: Noise | None) -> None:
         """`readers`: see `GrownTensor.files`; `noise` is for those tensors that are `noisy`."""
         self._readers, self._noise = readers, noise
         # Each worker is one thread; torch's own threads would only get in its way.
@@ -100,7 +100,7 @@ class Grower:
             return None
         reader = self._readers[job.tensor.files]
         if len(job.tensor.growth.dims) == 1:
-            return reader.tensor(job.tensor.source).unsqueeze(0)
+            return reader.tensor(job.tensor.source).reshape(1, -1)
         return reader.rows(job.tensor.source, job.start, job.stop)
 
 

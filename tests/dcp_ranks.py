@@ -78,6 +78,25 @@ def load(checkpoint: str, directory: str, found: str) -> None:
         save_file(whole, found)
 
 
+def go_on(checkpoint: str, directory: str, found: str, steps: int = 3) -> None:
+    """Load a training state as `load` does, and write the losses of `steps` more steps to the JSON file `found`."""
+    model, optimizer = sharded(checkpoint)
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=directory)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    torch.manual_seed(SEED)
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(0, model.config.vocab_size, (2, 12))
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if dist.get_rank() == 0:
+        Path(found).write_text(json.dumps(losses))
+
+
 def load_weights(checkpoint: str, directory: str, found: str) -> None:
     """As `load`, but of the weights alone."""
     model, _ = sharded(checkpoint)

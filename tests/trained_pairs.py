@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gdagrow.engine import grow_moment
-from gdagrow.expand import expand
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.growth import TensorGrowth
 from gdagrow.models.gda import GdaModel, load_model, save_model
-from gdagrow.plan import GrowthPlan, make_plan
-from gdagrow.recipe import make_recipe
+from gdagrow.moments import POWERS
+from gdagrow.plan import GrowthPlan
 from tests.checkpoints import write_checkpoint
-from tests.growths import EPS
+from tests.growths import EPS, grow
 
 EPSILON = torch.finfo(torch.float64).eps
 RATE, DECAY, WARM_STEPS = 1e-3, 0.1, 3
@@ -43,14 +41,12 @@ BIG = {
 class Method:
     """An optimizer, and what the table in test_training_steps.py says of it as functions of `w` and `r`.
 
-    powers: Its moments, and the power of the mirror rule for each.
     rate, decay: The factors of learning rate and weight decay.
     condition: How often an error of a gradient may be found in the step, as a share of the learning rate, at most.
     """
 
     make: Callable[..., Optimizer]
     options: Mapping[str, Any]
-    powers: Mapping[str, int]
     rate: Callable[[float, float], float]
     decay: Callable[[float, float], float]
     condition: float
@@ -65,29 +61,21 @@ class Method:
 # A momentum of 0.9 lets a gradient act in ten steps.
 SGD_MOMENTUM, SGD_CONDITION = 0.9, 10.0
 ADAM: Mapping[str, Any] = {"eps": ADAM_EPS, "betas": (0.9, 0.999), "weight_decay": DECAY}
-MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
-AMSGRAD_MOMENTS = {**MOMENTS, "max_exp_avg_sq": 2}
 
 METHODS = {
-    "sgd": Method(SGD, {}, {}, lambda w, r: w / r, lambda w, r: 1.0, 1.0),
+    "sgd": Method(SGD, {}, lambda w, r: w / r, lambda w, r: 1.0, 1.0),
     "sgd momentum decay": Method(
-        SGD, {"momentum": SGD_MOMENTUM, "weight_decay": DECAY}, {"momentum_buffer": 1},
-        lambda w, r: w / r, lambda w, r: r / w, SGD_CONDITION,
+        SGD, {"momentum": SGD_MOMENTUM, "weight_decay": DECAY}, lambda w, r: w / r, lambda w, r: r / w, SGD_CONDITION
     ),
     "nesterov": Method(
-        SGD, {"momentum": SGD_MOMENTUM, "nesterov": True}, {"momentum_buffer": 1},
-        lambda w, r: w / r, lambda w, r: 1.0, SGD_CONDITION,
+        SGD, {"momentum": SGD_MOMENTUM, "nesterov": True}, lambda w, r: w / r, lambda w, r: 1.0, SGD_CONDITION
     ),
     # An error in `m` or in `sqrt(v)` changes `m / (sqrt(v) + eps)` by at most itself, by `eps`, each.
-    "adam": Method(Adam, ADAM, MOMENTS, lambda w, r: 1 / r, lambda w, r: r / w, 2 / ADAM_EPS),
-    "adamw": Method(AdamW, ADAM, MOMENTS, lambda w, r: 1 / r, lambda w, r: r, 2 / ADAM_EPS),
-    "adamw amsgrad": Method(
-        AdamW, {**ADAM, "amsgrad": True}, AMSGRAD_MOMENTS, lambda w, r: 1 / r, lambda w, r: r, 2 / ADAM_EPS
-    ),
-    "adam amsgrad": Method(
-        Adam, {**ADAM, "amsgrad": True}, AMSGRAD_MOMENTS, lambda w, r: 1 / r, lambda w, r: r / w, 2 / ADAM_EPS
-    ),
-}  # fmt: skip
+    "adam": Method(Adam, ADAM, lambda w, r: 1 / r, lambda w, r: r / w, 2 / ADAM_EPS),
+    "adamw": Method(AdamW, ADAM, lambda w, r: 1 / r, lambda w, r: r, 2 / ADAM_EPS),
+    "adamw amsgrad": Method(AdamW, {**ADAM, "amsgrad": True}, lambda w, r: 1 / r, lambda w, r: r, 2 / ADAM_EPS),
+    "adam amsgrad": Method(Adam, {**ADAM, "amsgrad": True}, lambda w, r: 1 / r, lambda w, r: r / w, 2 / ADAM_EPS),
+}
 
 
 def batches(vocab: int, num: int, *, seed: int) -> list[Tensor]:
@@ -123,10 +111,9 @@ class Pair:
 
     def grown_state(self) -> State:
         """The source's state, every moment grown by the engine, also those that the plan says are lost."""
-        powers = self.method.powers
         return {
             tensor.name: {
-                key: grow_moment(tensor.growth, moment, powers[key]) if key in powers else moment.clone()
+                key: grow_moment(tensor.growth, moment, POWERS[key]) if key in POWERS else moment.clone()
                 for key, moment in self.state[tensor.source.name].items()
                 if moment is not None
             }
@@ -163,8 +150,7 @@ def grown_pair(directory: Path, topology: Mapping[str, Any], recipe: Mapping[str
         backward(source, ids)
         optimizer.step()
     save_model(source, directory / "trained", config)
-    plan = make_plan(read_header(directory / "trained"), make_recipe({**recipe, "exact_copies": True}))
-    expand(plan, directory / "grown", max_shard_bytes=10**10)
+    plan = grow(directory / "trained", directory / "grown", {**recipe, "exact_copies": True}).plan
     state = {name: dict(optimizer.state.get(p, {})) for name, p in source.named_parameters()}
     return Pair(method, plan, source, load_model(directory / "grown"), state, directory)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from gdagrow.formats.safetensors_header import read_header
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.verify.tensors import Place
 from gdagrow.verify.weights import Certificate, TensorDifference, check_weights
 from gdagrow_cli.console import print_json, printable, stderr_console, stdout_console
@@ -42,7 +42,7 @@ def _progress(grown: Path, *, shown: bool) -> Iterator[Callable[[int], None] | N
         return
     columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        task = progress.add_task("", total=read_header(grown).num_bytes)
+        task = progress.add_task("", total=read_checkpoint(grown).num_bytes)
         yield lambda more: progress.advance(task, more)
 
 

@@ -12,7 +12,17 @@ from gdagrow.layout import DEFAULT_MAX_SHARD_SIZE, parse_size
 from gdagrow.recipe import Recipe
 from gdagrow_cli.evidence import require_one_evidence
 from gdagrow_cli.growth_flags import takes_growth
-from gdagrow_cli.options import AsJson, Checkpoint, Device, Dtype, MomentsOption, ScheduleOption, Seed, TextFile
+from gdagrow_cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    ModelConfig,
+    MomentsOption,
+    ScheduleOption,
+    Seed,
+    TextFile,
+)
 
 app = typer.Typer(
     help="Grow (hyperclone) checkpoints of grouped differential attention models exactly, as a stream.",
@@ -57,12 +67,14 @@ def plan(
     recipe: Recipe,
     moments: MomentsOption = None,
     schedule: ScheduleOption = None,
+    config: ModelConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a growth would make of a checkpoint; nothing is read but headers, nothing is written."""
     from gdagrow_cli.plan_view import show_plan
 
-    show_plan(prepare_growth(checkpoint, recipe, moments=moments, schedule=schedule), as_json=as_json)
+    growing = prepare_growth(checkpoint, recipe, moments=moments, schedule=schedule, config=config)
+    show_plan(growing, as_json=as_json)
 
 
 @app.command()
@@ -79,6 +91,7 @@ def expand(
     ] = DEFAULT_MAX_SHARD_SIZE,
     moments: MomentsOption = None,
     schedule: ScheduleOption = None,
+    config: ModelConfig = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Do as plan does.", show_default=False)
     ] = False,
@@ -91,8 +104,9 @@ def expand(
     from gdagrow_cli.plan_view import show_plan
 
     growing = prepare_growth(
-        checkpoint, recipe, moments=moments, schedule=schedule, max_shard_bytes=parse_size(max_shard_size)
-    )
+        checkpoint, recipe, moments=moments, schedule=schedule, max_shard_bytes=parse_size(max_shard_size),
+        config=config,
+    )  # fmt: skip
     if dry_run:
         show_plan(growing, as_json=as_json, quiet=quiet)
         return

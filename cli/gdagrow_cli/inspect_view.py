@@ -6,9 +6,9 @@ from typing import Any
 
 from gdagrow.archs import architecture_of
 from gdagrow.axes import size_of
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.coordinates import coordinates
 from gdagrow.costs import ModelFigures, checkpoint_figures
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.record import growths_of
 from gdagrow_cli.console import print_json, print_unbroken, stdout_console
@@ -22,7 +22,7 @@ def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
     Raises:
         CheckpointError: it cannot be read, or no table covers it.
     """
-    header = read_header(checkpoint)
+    header = read_checkpoint(checkpoint)
     figures, growths = checkpoint_figures(header), growths_of(checkpoint)
     name = architecture_of(header.config).name
     if as_json:

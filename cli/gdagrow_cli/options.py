@@ -11,6 +11,15 @@ from gdagrow.moments import Moments, Schedule
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A directory with config.json and safetensors weights.")
 ]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="PATH",
+        show_default=False,
+        help="The config.json of a distributed checkpoint that has none, or a directory that has it.",
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of random tokens; 0 if left out.")
 ]

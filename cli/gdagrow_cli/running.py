@@ -10,8 +10,8 @@ from rich.text import Text
 from torch import Tensor
 
 from gdagrow.archs import architecture_of
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.errors import CompareError
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.verify.tokens import random_tokens, text_tokens
 from gdagrow_cli.console import stderr_console
 
@@ -25,7 +25,7 @@ def tokens_for(source: Path, *, text: Path | None, seqs: int, length: int, seed:
     """
     if text is not None and seed is not None:
         raise CompareError("--seed is of random tokens and --text brings its own; give one of them")
-    config = read_header(source).config
+    config = read_checkpoint(source).config
     vocab = architecture_of(config).sizes(config).vocab
     if text is not None:
         return text_tokens(text, source, vocab, seqs=seqs, length=length)

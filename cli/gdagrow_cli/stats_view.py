@@ -12,8 +12,8 @@ from rich.text import Text
 from torch import Tensor
 
 from gdagrow.archs import architecture_of
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.errors import CompareError
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.record import RECORD_FILE
 from gdagrow.verify.attention import AttentionStats, LayerStats, MapStats, attention_stats, measured_queries
 from gdagrow.verify.clones import Clones, CloneSimilarity, clone_similarity
@@ -59,7 +59,7 @@ def _require_layer(checkpoint: Path, layer: int | None, *, as_json: bool) -> Non
         return
     if as_json:
         raise CompareError("--json has every head of every layer already, so --layer would do nothing; leave it out")
-    config = read_header(checkpoint).config
+    config = read_checkpoint(checkpoint).config
     num_layers = architecture_of(config).sizes(config).num_layers
     if layer >= num_layers:
         raise CompareError(f"--layer {layer}: {checkpoint} has the layers 0 to {num_layers - 1}; choose one of them")

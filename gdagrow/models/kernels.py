@@ -28,6 +28,9 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
     # torch's own causal mask would let the first query see only the first key.
     if mask is None and past and queries.shape[1] > 1:
         mask = causal_mask(queries, keys)
+    if mask is not None:
+        # With a mask, the fast kernels of accelerators want a key for every query head, and fall back silently too.
+        keys, values = _for_each(queries.shape[2], keys), _for_each(queries.shape[2], values)
     # Zeros leave the scores alone, and equal widths keep the fast kernel, which falls back silently otherwise.
     wider = (0, values.shape[-1] - width)
     return F.scaled_dot_product_attention(
@@ -49,7 +52,7 @@ def written_out_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: T
 def attention_maps(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
     """Where each query head looks, `[batch, query heads, query positions, key positions]` in at least float32."""
     dtype = at_least_float32(queries.dtype)
-    keys = keys.repeat_interleave(queries.shape[2] // keys.shape[2], dim=2)
+    keys = _for_each(queries.shape[2], keys)
     scores: Tensor = torch.einsum("bqhd,bkhd->bhqk", queries, keys).to(dtype) * queries.shape[-1] ** -0.5
     mask = causal_mask(queries, keys) if mask is None else mask
     if mask.dtype == torch.bool:
@@ -59,8 +62,13 @@ def attention_maps(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor
 
 def read_by_maps(maps: Tensor, values: Tensor) -> Tensor:
     """What query heads read of the values by their maps."""
-    values = values.repeat_interleave(maps.shape[1] // values.shape[2], dim=2)
+    values = _for_each(maps.shape[1], values)
     return torch.einsum("bhqk,bkhd->bhqd", maps.to(values.dtype), values)
+
+
+def _for_each(num_heads: int, heads: Tensor) -> Tensor:
+    """Keys or values once for each query head."""
+    return heads.repeat_interleave(num_heads // heads.shape[2], dim=2)
 
 
 def causal_mask(queries: Tensor, keys: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import gdagrow
 from gdagrow.archs import Sizes, architecture_of
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import checkpoint_figures
 from gdagrow.errors import CompareError, GdagrowError
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.record import growths_of
 from gdagrow.report.data import GrownReport, HeadLineage, ModelReport, Report, Tokens
@@ -77,7 +77,7 @@ class _Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.name = Path(os.path.abspath(directory)).name
-        self.header: Header = read_header(directory)
+        self.header: Header = read_checkpoint(directory)
         self.figures = checkpoint_figures(self.header)
         self.growths = tuple(growths_of(directory))
 

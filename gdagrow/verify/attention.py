@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.errors import CompareError
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.kernels import at_least_float32
 from gdagrow.models.layers import GdaAttention, Projected
 from gdagrow.verify.forward import StreamedModel
@@ -100,7 +100,7 @@ def attention_stats(
     """
     report = progress or (lambda _: None)
     layers: list[LayerStats] = []
-    with torch.no_grad(), StreamedModel(read_header(checkpoint), dtype=dtype, device=device) as model:
+    with torch.no_grad(), StreamedModel(read_checkpoint(checkpoint), dtype=dtype, device=device) as model:
         hidden = model.embed(tokens)
         for layer in range(model.sizes.num_layers):
             report(f"attention of layer {layer + 1} of {model.sizes.num_layers}")

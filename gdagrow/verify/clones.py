@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gdagrow.archs import Sizes, architecture_of
 from gdagrow.axes import Expression, IndexMap, parse
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.errors import CheckpointError, CompareError
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.safetensors_header import read_header
-from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.growth import copies_of
+from gdagrow.reading import RowReader, open_reader
 from gdagrow.record import RECORD_FILE
 from gdagrow.rows import GrownRow, claim, grown_rows
 from gdagrow.verify.lineage import recorded_growth
@@ -99,7 +99,7 @@ def clone_similarity(
         CheckpointError: the checkpoint or the lineage cannot be read, or the lineage is of other sizes.
         CompareError: copies hold weights that are not finite.
     """
-    header, path = read_header(checkpoint), _lineage_file(checkpoint, lineage)
+    header, path = read_checkpoint(checkpoint), _lineage_file(checkpoint, lineage)
     if path is None:
         return None
     architecture = architecture_of(header.config)
@@ -109,7 +109,7 @@ def clone_similarity(
     # The same for every layer.
     of_notation: dict[str, list[list[Piece]]] = {}
     found: list[CloneSimilarity] = []
-    with TensorReader(header) as reader:
+    with open_reader(header) as reader:
         for row in grown_rows(header, architecture, claimed, tied_after=architecture.is_tied(header.config)):
             if progress:
                 progress(f"copies in {row.name}")
@@ -163,7 +163,7 @@ def pieces(dim: Expression, index_map: IndexMap, before: Sizes) -> Iterator[Piec
 _Chunk = tuple[Piece, list[Tensor]]
 
 
-def _rows(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Iterator[_Chunk]:
+def _rows(reader: RowReader, name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Iterator[_Chunk]:
     step = max(1, CHUNK_WEIGHTS // (shape[1] if len(shape) == 2 else 1))
     for piece in pieces:
         for begin in range(0, piece.length, step):
@@ -171,7 +171,7 @@ def _rows(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Seque
             yield piece, [reader.rows(name, start + begin, start + end) for start in piece.starts]
 
 
-def _columns(reader: TensorReader, name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Iterator[_Chunk]:
+def _columns(reader: RowReader, name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> Iterator[_Chunk]:
     if not pieces:
         return
     num_rows, mapped = shape[0], max(1, MAPPED_WEIGHTS // shape[1])

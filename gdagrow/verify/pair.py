@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from gdagrow.archs import architecture_of
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.convert import as_motif
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.rows import claim
 
@@ -17,7 +17,7 @@ def read_pair(source: Path, grown: Path) -> HeaderPair:
     Raises:
         CheckpointError: a checkpoint cannot be read, does not fit its table, or cannot be seen in Motif's layout.
     """
-    before, after = read_header(source), read_header(grown)
+    before, after = read_checkpoint(source), read_checkpoint(grown)
     for header in (before, after):
         architecture = architecture_of(header.config)
         claim(header, architecture, architecture.sizes(header.config))

@@ -8,6 +8,7 @@ from typing import Any
 
 from gdagrow.archs import architecture_of
 from gdagrow.axes import AxisMaps, parse
+from gdagrow.dcp import DcpHeader
 from gdagrow.errors import CompareError
 from gdagrow.formats.weight_files import RowFiles, WeightFiles
 from gdagrow.growth import TensorGrowth
@@ -120,12 +121,12 @@ class _Wrong:
 
 
 def _files_of(header: Header) -> RowFiles:
-    if header.view_of is None:
+    if header.view_of is None and not isinstance(header, DcpHeader):
         return WeightFiles(header)
     # Inside, because what it makes takes torch, which takes longer to import than most checkpoints to check.
-    from gdagrow.reading import ViewFiles
+    from gdagrow.reading import ReadRows
 
-    return ViewFiles(header)
+    return ReadRows(header)
 
 
 def _pairs(headers: HeaderPair, maps: AxisMaps) -> tuple[list[Pair], list[TensorDifference]]:

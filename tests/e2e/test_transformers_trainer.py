@@ -70,6 +70,21 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert call(capsys, "expand", half, tmp_path / "grown", "--signal-x2").code == 0
 
 
+def test_a_grown_run_goes_on_where_the_source_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "source", dtype=torch.float32)
+    trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "source"), tmp_path / "run").train()
+    outcome = call(
+        capsys, "expand", tmp_path / "run" / "checkpoint-2", tmp_path / "grown", "--uniform-x2", "--exact-copies"
+    )
+    assert outcome.code == 0, outcome.err
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    trainer(grown, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "grown"))
+    expected, found = (losses(tmp_path / name / "checkpoint-4") for name in ("run", "resumed"))
+    # The third step computes its loss before it moves a weight: float32 rounding of sums of a hundred terms.
+    assert found[2] == pytest.approx(expected[2], rel=100 * torch.finfo(torch.float32).eps)
+    assert found[3] < found[2]
+
+
 def test_the_logged_loss_is_that_of_all_labels_of_a_step(tmp_path: Path) -> None:
     """Sequences of unlike length in the parts of a step: the mean over labels, not over parts."""
     write_checkpoint(tmp_path / "source", dtype=torch.float32)

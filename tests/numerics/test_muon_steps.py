@@ -23,7 +23,7 @@ def adjusted(shape: tuple[int, ...]) -> float:
 
 def muon(**options: Any) -> Method:
     options = {"weight_decay": 0.0, **options}
-    return Method(MUON, options, {"momentum_buffer": 1}, lambda w, r: sqrt(w / r), lambda w, r: sqrt(r / w), 1.0)
+    return Method(MUON, options, lambda w, r: sqrt(w / r), lambda w, r: sqrt(r / w), 1.0)
 
 
 def muon_steps(pair: Pair, state: State) -> dict[str, tuple[Tensor, Tensor, float]]:

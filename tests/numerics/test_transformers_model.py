@@ -192,6 +192,27 @@ def test_sequences_that_are_packed_do_not_see_each_other() -> None:
     assert relative_error(together, apart) < SAME
 
 
+def test_positions_that_are_given_count() -> None:
+    """Every other token hidden, or only the others given at their places: RoPE sees the same distances."""
+    _, model, ids = example(batch=1, positions=9)
+    is_shown = torch.arange(9) % 2 == 0
+    hidden = model(ids, attention_mask=is_shown[None].long()).logits[:, is_shown]
+    # Without a mask, positions that leap would begin a new sequence.
+    given = model(ids[:, is_shown], torch.ones(1, 5), position_ids=torch.arange(0, 9, 2)[None]).logits
+    assert relative_error(given, hidden) < SAME
+    assert relative_error(model(ids[:, is_shown]).logits, hidden) > 1e-3
+
+
+def test_a_cache_is_made_where_the_config_says_so_but_not_in_training() -> None:
+    _, model, ids = example()
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 9
+    model.config.use_cache = True
+    assert model(ids).past_key_values.get_seq_length() == 9
+    model.train()
+    assert model(ids).past_key_values is None
+
+
 def test_only_the_logits_that_are_asked_for() -> None:
     _, model, ids = example()
     whole = model(ids).logits

@@ -47,6 +47,7 @@ def test_what_torch_saved_is_read_bit_for_bit_whole_and_by_rows(saved: Path, nam
         for key, tensor in expected.items():
             assert reader.tensor(key).dtype == tensor.dtype
             assert torch.equal(reader.tensor(key), tensor), key
+            assert reader.tensor(key).data_ptr() % tensor.itemsize == 0
             for begin in range(len(tensor) if tensor.shape else 0):
                 for end in (begin, begin + 1, len(tensor)):
                     assert torch.equal(reader.rows(key, begin, end), tensor[begin:end]), (key, begin, end)

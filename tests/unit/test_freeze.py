@@ -13,15 +13,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.errors import CheckpointError, GdagrowError
-from gdagrow.expand import expand
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.gda import GdaModel, load_model
-from gdagrow.plan import make_plan
-from gdagrow.recipe import make_recipe
 from gdagrow.train.freeze import WHOLE, Frozen, Part, blocks, freeze, old_heads
 from gdagrow.train.rates import scaled_rates
 from tests.checkpoints import write_checkpoint
 from tests.diffllama import TOPOLOGIES, save_diffllama
+from tests.growths import grow
 
 DIM = 4
 SMALL = {"groups": 2, "kv_groups": 1, "ratio": 2, "head_dim": DIM, "hidden": 12, "ffn": 16, "vocab": 23, "bias": True,
@@ -32,10 +29,6 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam with decay": lambda of: Adam(of, lr=0.01, weight_decay=0.1),
     "sgd": lambda of: SGD(of, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
 }
-
-
-def grow(source: Path, target: Path, **recipe: Any) -> None:
-    expand(make_plan(read_header(source), make_recipe(recipe)), target, max_shard_bytes=10**10)
 
 
 def config_of(directory: Path) -> dict[str, Any]:
@@ -83,7 +76,7 @@ GROWTHS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_old_heads_stay_and_all_else_moves(tmp_path: Path, growth: str, name: str) -> None:
     write_checkpoint(tmp_path / "source", **SMALL)
-    grow(tmp_path / "source", tmp_path / "grown", **GROWTHS[growth])
+    grow(tmp_path / "source", tmp_path / "grown", GROWTHS[growth])
     model = load_model(tmp_path / "grown")
     optimizer = OPTIMIZERS[name](model.parameters())
     step(model, optimizer, 0)  # so that there is momentum
@@ -174,8 +167,8 @@ def test_a_step_that_raises_is_made_good_at_the_next() -> None:
 
 def test_only_the_last_growth_makes_heads_new(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", **SMALL)
-    grow(tmp_path / "source", tmp_path / "once", signal=2)
-    grow(tmp_path / "once", tmp_path / "twice", signal="5:1")
+    grow(tmp_path / "source", tmp_path / "once", {"signal": 2})
+    grow(tmp_path / "once", tmp_path / "twice", {"signal": "5:1"})
     name = "model.layers.1.self_attn.q_proj.weight"
     # 2:1 became 4:1, which became 5:1 by a second copy of head 0, last before the noise head.
     kept = (Part(0, 0, 4 * DIM), Part(0, 5 * DIM, 10 * DIM), Part(0, 11 * DIM, 12 * DIM))
@@ -189,7 +182,7 @@ def test_only_the_last_growth_makes_heads_new(tmp_path: Path) -> None:
 def test_old_heads_of_diffllama_lie_in_halves(tmp_path: Path) -> None:
     save_diffllama(tmp_path / "source", TOPOLOGIES[1], dtype=torch.float32)
     config = config_of(tmp_path / "source")
-    grow(tmp_path / "source", tmp_path / "grown", signal=2, noise=2)
+    grow(tmp_path / "source", tmp_path / "grown", {"signal": 2, "noise": 2})
     dim, pairs = DiffLlama().sizes(config).head_dim, config["num_attention_heads"] // 2
     name = "model.layers.0.self_attn.q_proj.weight"
     rows = {
@@ -230,7 +223,7 @@ def test_sharded_parameters_are_frozen_where_they_are(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", **SMALL)
-    grow(tmp_path / "source", tmp_path / "grown", hidden=2)
+    grow(tmp_path / "source", tmp_path / "grown", {"hidden": 2})
     model = load_model(tmp_path / "grown")
     optimizer, config = SGD(model.parameters(), lr=0.1), config_of(tmp_path / "grown")
     names = [n for n, _ in model.named_parameters()]

@@ -15,17 +15,14 @@ from torch import nn
 from gdagrow.archs import Parameter, Sizes
 from gdagrow.axes import AxisMaps, IndexMap
 from gdagrow.errors import CheckpointError
-from gdagrow.expand import expand
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.heads import Heads
 from gdagrow.models.gda import GdaModel, load_model, save_model
-from gdagrow.plan import make_plan
-from gdagrow.recipe import make_recipe
 from gdagrow.train.copies import CopyFigures, CopyMeter
 from gdagrow.train.health import HealthFigures, HealthMeter, LossFigures, loss_figures, warnings
 from gdagrow.verify.clones import clone_similarity
 from tests.checkpoints import write_checkpoint
 from tests.diffllama import TOPOLOGIES, diffllama
+from tests.growths import grow
 
 SMALL = {"groups": 2, "kv_groups": 1, "ratio": 2, "head_dim": 4, "hidden": 12, "ffn": 16, "vocab": 23,
          "dtype": torch.float32}  # fmt: skip
@@ -35,8 +32,7 @@ TOLERANCE = 2**13 * torch.finfo(torch.float64).eps
 
 def grown(directory: Path, **recipe: Any) -> tuple[GdaModel, HealthMeter, dict[str, Any]]:
     write_checkpoint(directory / "source", **SMALL)
-    plan = make_plan(read_header(directory / "source"), make_recipe(recipe))
-    expand(plan, directory / "grown", max_shard_bytes=10**10)
+    grow(directory / "source", directory / "grown", recipe)
     config = json.loads((directory / "grown" / "config.json").read_text())
     return load_model(directory / "grown"), HealthMeter(config, directory / "grown" / "growth.json"), config
 

@@ -12,14 +12,11 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gdagrow.errors import CheckpointError, GdagrowError
-from gdagrow.expand import expand
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.models.gda import load_model
-from gdagrow.plan import make_plan
-from gdagrow.recipe import make_recipe
 from gdagrow.record import read_record
 from gdagrow.train.rates import multipliers_of, scaled_rates, warm_up_factor
 from tests.checkpoints import write_checkpoint
+from tests.growths import grow
 
 MULTIPLIERS = (0.5, 1.0, 0.5, 0.25)
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
@@ -200,15 +197,15 @@ def test_an_optimizer_that_keeps_figures_in_its_groups_is_refused() -> None:
         optimizer.step()
 
 
-def grow(source: Path, target: Path, **recipe: Any) -> list[Any]:
-    expand(make_plan(read_header(source), make_recipe(recipe)), target, max_shard_bytes=10**10)
+def records_of(source: Path, target: Path, **recipe: Any) -> list[Any]:
+    grow(source, target, recipe)
     return read_record(target)
 
 
 def test_multipliers_of_successive_growths_multiply(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", tied=True)
-    once = grow(tmp_path / "source", tmp_path / "once", hidden=2, signal=2)
-    twice = grow(tmp_path / "once", tmp_path / "twice", hidden=3, embeddings="untie")
+    once = records_of(tmp_path / "source", tmp_path / "once", hidden=2, signal=2)
+    twice = records_of(tmp_path / "once", tmp_path / "twice", hidden=3, embeddings="untie")
     names = [name for name, _ in load_model(tmp_path / "once").named_parameters()]
     first = multipliers_of(once, names)
     layer = "model.layers.1."
@@ -228,7 +225,7 @@ def test_multipliers_of_successive_growths_multiply(tmp_path: Path) -> None:
 
 def test_refused_names_and_records(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source")
-    records = grow(tmp_path / "source", tmp_path / "grown", hidden=2)
+    records = records_of(tmp_path / "source", tmp_path / "grown", hidden=2)
     with pytest.raises(CheckpointError, match=r"no learning-rate multiplier for value\.weight, x; give the parameters"):
         multipliers_of(records, ["value.weight", "lm_head.weight", "x"])
     for broken in ({}, {"learning_rate_multipliers": [1]}, {"learning_rate_multipliers": {"a": 0}}, []):

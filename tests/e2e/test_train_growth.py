@@ -1,6 +1,7 @@
 """A run that grows: the loss stays and goes on falling, the optimizer comes along, a kill changes nothing."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ from gdagrow.record import read_record
 from gdagrow.train.callbacks import FreezeCallback, GrowthCallback
 from gdagrow.train.health_callback import HealthCallback
 from gdagrow.train.rates import multipliers_of
-from gdagrow.train.recipe import read_train_recipe
+from gdagrow.train.recipe import TrainRecipe, make_train_recipe, read_train_recipe
 from tests.checkpoints import write_checkpoint
 from tests.command import call
+from tests.growths import grow
 from tests.trainings import lines, losses, names, write_recipe
 
 GROWTHS = [
@@ -244,3 +246,23 @@ def test_muon_grows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
         shutil.rmtree(tmp_path / "run" / name)
     assert call(capsys, "train", recipe, "--out", tmp_path / "run", "--resume", "--quiet").code == 0
     assert lines(tmp_path / "run") == whole
+
+
+def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    write_checkpoint(tmp_path / "source", vocab=256, dtype=torch.float32, extra={})
+    grow(tmp_path / "source", tmp_path / "demo" / "grown", {"signal": 2})
+    monkeypatch.chdir(tmp_path)
+    printed: list[Any] = []
+    exec(block, {"print": lambda *told: printed.append(told)})
+    assert [sorted(copies) for copies, _ in printed] == [["signal"], ["signal"]]
+
+
+def test_the_recipe_of_the_page_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    made = make_train_recipe(YAML(typ="safe", pure=True).load(block), "the page")
+    assert (made.growth[0].at, made.precision) == (2000, "bf16")
+    keys = set(re.findall(r"`(\w+)`", "".join(line for line in page.splitlines() if line.startswith("| `"))))
+    assert set(TrainRecipe.model_fields) - {"data"} <= keys, "the table of the page lacks a key"

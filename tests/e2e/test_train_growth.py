@@ -251,8 +251,8 @@ def test_muon_grows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    write_checkpoint(tmp_path / "source", vocab=256, dtype=torch.float32, extra={})
-    grow(tmp_path / "source", tmp_path / "demo" / "grown", {"signal": 2})
+    write_checkpoint(tmp_path / "demo" / "source", vocab=256, dtype=torch.float32, extra={})
+    grow(tmp_path / "demo" / "source", tmp_path / "demo" / "grown", {"signal": 2})
     monkeypatch.chdir(tmp_path)
     printed: list[Any] = []
     exec(block, {"print": lambda *told: printed.append(told)})

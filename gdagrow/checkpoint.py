@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gdagrow.dcp import read_dcp
 from gdagrow.errors import CheckpointError
-from gdagrow.formats.kind import Format, format_of
+from gdagrow.formats.kind import Format, format_of, place_of_weights
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 
@@ -20,7 +20,7 @@ def read_checkpoint(directory: Path, config: Path | None = None) -> Header:
         CheckpointError: it is not a complete, consistent checkpoint of one of these formats.
     """
     if format_of(directory) is Format.dcp:
-        return read_dcp(directory, config)
+        return read_dcp(directory, config, place_of_weights(directory))
     if config is not None:
         raise CheckpointError(f"--config is for distributed checkpoints; {directory} has a config.json of its own")
     return read_header(directory)

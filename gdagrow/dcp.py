@@ -32,22 +32,28 @@ class DcpHeader(Header):
     moments: (parameter name, moment's name) to the moment, whose name is its key; `step` is one of them.
     tied_head: The key of a tied head, where the embedding was saved under the head's name as well (as
         `model.state_dict()` does); `tensors` has it once.
+    place: Where in the checkpoint's `directory` the DCP directory is; empty if it is that itself.
     """
 
     dcp: DcpMetadata
     names: DcpNames
     moments: Mapping[tuple[str, str], TensorInfo]
     tied_head: str | None
+    place: str = ""
+
+    def inside(self, file: str) -> str:
+        """The path in the checkpoint's directory of a file of the DCP directory."""
+        return f"{self.place}/{file}" if self.place else file
 
     @property
     def shards(self) -> tuple[str, ...]:
         """The files that hold values, sorted by name; `.metadata` is not one."""
-        return tuple(sorted(self.dcp.files))
+        return tuple(self.shard_bytes)
 
     @property
     def shard_bytes(self) -> Mapping[str, int]:
         """Bytes of each of these files, by name."""
-        return {file: num_bytes for file, (_, num_bytes, _) in sorted(self.dcp.files.items())}
+        return {self.inside(file): num_bytes for file, (_, num_bytes, _) in sorted(self.dcp.files.items())}
 
     def path(self, key: str, like: str, name: str, parameter: str) -> tuple[str | int, ...]:
         """The path in the nested state dict of a key that may be new.
@@ -60,18 +66,19 @@ class DcpHeader(Header):
         return (key,) if stored is None else renamed_path(stored, name, parameter)
 
 
-def read_dcp(directory: Path, config: Path | None = None) -> DcpHeader:
+def read_dcp(directory: Path, config: Path | None = None, place: str = "") -> DcpHeader:
     """Read a DCP directory's metadata and its model's config; no value is read.
 
     Args:
-        directory: It holds `.metadata`.
+        directory: The checkpoint.
         config: The model's `config.json`, or a directory that has it; that in `directory` if None.
+        place: The directory in it that holds `.metadata`, if it is not that itself.
 
     Raises:
         CheckpointError: the metadata is damaged or unsafe (see `read_metadata`), there is no config, or a tensor is
             no weight or moment of the model that the config describes (all of them are named).
     """
-    stored = read_metadata(directory)
+    stored = read_metadata(directory / place)
     values = read_config(directory, config)
     architecture = architecture_of(values)
     names = name_keys(stored, _parameters(architecture, values))
@@ -82,7 +89,9 @@ def read_dcp(directory: Path, config: Path | None = None) -> DcpHeader:
         _require_same_form(stored, head, names.weights.get(architecture.embedding))
         del tensors[architecture.head]
     moments = {place: _info(stored.tensors[key], key) for place, key in names.moments.items()}
-    return DcpHeader(directory, values, tensors, {}, dcp=stored, names=names, moments=moments, tied_head=head)
+    return DcpHeader(
+        directory, values, tensors, {}, dcp=stored, names=names, moments=moments, tied_head=head, place=place
+    )
 
 
 def read_config(directory: Path, config: Path | None) -> dict[str, Any]:

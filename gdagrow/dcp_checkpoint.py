@@ -3,23 +3,34 @@
 import io
 import pickle
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 
 from gdagrow.axes import IndexMap
-from gdagrow.dcp import DcpHeader
+from gdagrow.dcp import DcpHeader, read_dcp
 from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.formats.dcp_layout import plan_dcp
-from gdagrow.formats.dcp_metadata import METADATA_FILE
+from gdagrow.formats.dcp_metadata import METADATA_FILE, is_dcp
 from gdagrow.formats.file_layout import TargetTensor
+from gdagrow.formats.kind import SHARDED_OPTIMIZER, SHARDED_WEIGHTS
 from gdagrow.growth import TensorGrowth
-from gdagrow.header import TensorInfo
-from gdagrow.moments import POWERS, Moments, ParameterMoments, Schedule, moments_record, plan_moments
+from gdagrow.header import Header, TensorInfo
+from gdagrow.moments import (
+    POWERS,
+    Moments,
+    ParameterMoments,
+    Schedule,
+    moments_record,
+    plan_moments,
+    require_optimizer,
+)
 from gdagrow.output import WEIGHTS, GrownTensor, Output, grown_weights
 from gdagrow.plan import GrowthPlan
 from gdagrow.rows import GROWABLE_DTYPES
+from gdagrow.trainer_checkpoint import carried_files
 
 STEP: Final = "step"
 
@@ -27,7 +38,7 @@ Entry = tuple[TargetTensor, GrownTensor]
 
 
 def dcp_output(plan: GrowthPlan, *, moments: Moments, schedule: Schedule, max_file_bytes: int) -> Output:
-    """All that a growth writes of a distributed checkpoint: the same state dict, grown, for any number of ranks.
+    """All that a growth writes of a distributed checkpoint: the same state dicts, grown, for any number of ranks.
 
     Args:
         plan: The growth; its header is a `DcpHeader`.
@@ -39,62 +50,97 @@ def dcp_output(plan: GrowthPlan, *, moments: Moments, schedule: Schedule, max_fi
         CheckpointError: moments do not fit their weights, or are of a kind that cannot be grown.
         PlanError: what is asked for would change values that are carried unread.
     """
-    header = plan.header
-    assert isinstance(header, DcpHeader), "a distributed checkpoint is grown as it is stored"
-    _require_possible(plan, header, schedule)
+    trees = read_trees(plan.header)
+    state = trees[-1]
+    if state.moments:
+        _require_possible(plan, schedule)
+        if moments is not Moments.reset:
+            _require_moments(plan.header, state)
     planned = plan_moments(plan, moments)
-    if moments is not Moments.reset:
-        _require_moments(header)
-    entries = [*_weights(plan, header), *_moments(header, planned), *_carried(header)]
-    with DcpTensors(header) as reader:
-        require_tied(header, reader)
-        blobs = {key: reader.blob(key) for key in header.dcp.blobs}
-    layout = plan_dcp([target for target, _ in entries], blobs, _paths(plan, header, planned), max_file_bytes)
-    return Output(
-        layout.files,
-        {target.name: grown for target, grown in entries},
-        {WEIGHTS: header},
-        {METADATA_FILE: layout.metadata},
-        record=moments_record(planned, moments, schedule, _beta2(blobs)) if header.moments else {},
+    output, beta2 = Output((), {}, {}), None
+    for tree in trees:
+        grown, blobs = _grown_tree(plan, tree, planned, max_file_bytes)
+        beta2 = _beta2(blobs) if tree is state else None
+        output = replace(
+            output,
+            layouts=(*output.layouts, *grown.layouts),
+            tensors={**output.tensors, **grown.tensors},
+            sources={**output.sources, **grown.sources},
+            files={**output.files, **grown.files},
+        )
+    return replace(
+        output,
+        carried=carried_files(plan.header.directory) if state.place else frozenset(),
+        record=moments_record(planned, moments, schedule, beta2) if state.moments else {},
     )
 
 
-def _require_possible(plan: GrowthPlan, header: DcpHeader, schedule: Schedule) -> None:
+def read_trees(header: Header) -> tuple[DcpHeader, ...]:
+    """The DCP directories of a checkpoint: one, or as transformers' Trainer has it the weights' and the optimizer's."""
+    assert isinstance(header, DcpHeader), "a distributed checkpoint is grown as it is stored"
+    if header.place != SHARDED_WEIGHTS:
+        return (header,)
+    if not is_dcp(header.directory / SHARDED_OPTIMIZER):
+        require_optimizer(header.directory, SHARDED_OPTIMIZER)
+        return (header,)
+    return header, read_dcp(header.directory, place=SHARDED_OPTIMIZER)
+
+
+def _grown_tree(
+    plan: GrowthPlan, tree: DcpHeader, planned: Mapping[str, ParameterMoments], max_file_bytes: int
+) -> tuple[Output, dict[str, bytes]]:
+    """What is written of one DCP directory, and its values that are no tensors."""
+    files = tree.place or WEIGHTS
+    entries = [*_weights(plan, tree), *_moments(tree, planned), *_carried(tree)]
+    with DcpTensors(tree) as reader:
+        require_tied(tree, reader)
+        blobs = {key: reader.blob(key) for key in tree.dcp.blobs}
+    layout = plan_dcp([target for target, _ in entries], blobs, _paths(plan, tree), max_file_bytes)
+    return Output(
+        tuple(replace(file, file=tree.inside(file.file)) for file in layout.files),
+        {target.name: replace(grown, files=grown.files and files) for target, grown in entries},
+        {files: tree},
+        {tree.inside(METADATA_FILE): layout.metadata},
+    ), blobs
+
+
+def _require_possible(plan: GrowthPlan, schedule: Schedule) -> None:
     if schedule is not Schedule.keep:
         raise PlanError(
             f"--schedule {schedule}: a distributed checkpoint's schedule has no name that all engines know; keep it, "
             "and have the engine leave it out when it loads (torchtitan: checkpoint.exclude_from_loading)"
         )
-    if header.moments and plan.tied_before and not plan.tied_after:
+    if plan.tied_before and not plan.tied_after:
         raise PlanError(
-            f"embeddings untie: the head would be new to the optimizer in {header.directory}, whose groups are pickles "
-            "that are carried unread; keep the embeddings tied, or convert the weights alone to safetensors first"
+            f"embeddings untie: the head would be new to the optimizer in {plan.header.directory}, whose groups are "
+            "pickles that are carried unread; keep the embeddings tied, or convert the weights alone to safetensors "
+            "first"
         )
 
 
-def _require_moments(header: DcpHeader) -> None:
+def _require_moments(weights: Header, state: DcpHeader) -> None:
     kinds: dict[str, set[str]] = {}
     problems = []
-    for (name, kind), info in header.moments.items():
+    for (name, kind), info in state.moments.items():
         kinds.setdefault(name, set()).add(kind)
+        expected = weights.tensors[name].shape
         if kind not in POWERS:
             if info.num_elements != 1:
                 problems.append(f"{info.name} is none of {', '.join(POWERS)}")
-        elif info.shape != header.tensors[name].shape:
-            problems.append(f"{info.name} has shape {list(info.shape)}, the weight {list(header.tensors[name].shape)}")
+        elif info.shape != expected:
+            problems.append(f"{info.name} has shape {list(info.shape)}, the weight {list(expected)}")
         elif info.dtype not in GROWABLE_DTYPES:
             problems.append(f"{info.name} is stored as {info.dtype}")
-    if kinds:
-        problems += [f"{name} has none" for name in header.tensors if name not in kinds]
+    problems += [f"{name} has none" for name in weights.tensors if name not in kinds]
     if problems:
         raise CheckpointError(
-            f"{header.directory}: moments cannot be carried: {'; '.join(problems)}; bring back the optimizer state of "
+            f"{state.directory}: moments cannot be carried: {'; '.join(problems)}; bring back the optimizer state of "
             "this run, or begin all moments at zero with --moments reset"
         )
 
 
 def _weights(plan: GrowthPlan, header: DcpHeader) -> Iterator[Entry]:
-    for name, grown in grown_weights(plan).items():
+    for name, grown in grown_weights(plan).items() if header.names.weights else ():
         yield TargetTensor(header.names.weight_key(name), grown.dtype, grown.growth.shape), grown
         if plan.tied_after and header.tied_head and name == plan.architecture.embedding:
             yield TargetTensor(header.tied_head, grown.dtype, grown.growth.shape), grown
@@ -132,12 +178,10 @@ def _as_it_is(info: TensorInfo, *, files: str | None) -> Entry:
     return TargetTensor(info.name, info.dtype, info.shape), GrownTensor(info.name, files, info.name, info.dtype, growth)
 
 
-def _paths(
-    plan: GrowthPlan, header: DcpHeader, planned: Mapping[str, ParameterMoments]
-) -> dict[str, tuple[str | int, ...]]:
+def _paths(plan: GrowthPlan, header: DcpHeader) -> dict[str, tuple[str | int, ...]]:
     """The path of each key in the nested state dict; that of a parameter that is new is like its source's."""
     paths = dict(header.dcp.paths)
-    for tensor in plan.tensors:
+    for tensor in plan.tensors if header.names.weights else ():
         if tensor.name not in header.names.weights:
             key, like = header.names.weight_key(tensor.name), header.names.weight_key(tensor.source.name)
             paths[key] = header.path(key, like, tensor.source.name, tensor.name)

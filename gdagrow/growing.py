@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.dcp import DcpHeader
-from gdagrow.errors import CheckpointError, RecipeError
-from gdagrow.moments import OPTIMIZER_FILE, SCHEDULER_FILE, Moments, Schedule
+from gdagrow.errors import RecipeError
+from gdagrow.moments import OPTIMIZER_FILE, Moments, Schedule, require_optimizer
 from gdagrow.output import Output, weights_output
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import Recipe
@@ -50,25 +50,26 @@ def prepare_growth(
         GdagrowError: the checkpoint cannot be read, or not be grown so.
     """
     header = read_checkpoint(source, config)
+    policy, course = Moments(moments or Moments.auto), Schedule(schedule or Schedule.keep)
     if isinstance(header, DcpHeader):
         if recipe.to is not None:
             raise RecipeError(f"to {recipe.to}: {source} is a distributed checkpoint; convert it to safetensors first")
-        plan = make_plan(header, recipe)
-        if not header.moments and (moments or schedule):
-            raise _no_state(source, "moments in its tensors", moments, schedule)
         from gdagrow.dcp_checkpoint import dcp_output
 
-        moments, schedule = Moments(moments or Moments.auto), Schedule(schedule or Schedule.keep)
-        return Growing(plan, dcp_output(plan, moments=moments, schedule=schedule, max_file_bytes=max_shard_bytes))
-    plan = make_plan(header, recipe)
-    output = weights_output(plan, max_shard_bytes)
-    if _has_training_state(source):
-        from gdagrow.trainer_checkpoint import trainer_output
+        plan = make_plan(header, recipe)
+        output = dcp_output(plan, moments=policy, schedule=course, max_file_bytes=max_shard_bytes)
+    else:
+        plan = make_plan(header, recipe)
+        output = weights_output(plan, max_shard_bytes)
+        if (source / OPTIMIZER_FILE).exists():
+            from gdagrow.trainer_checkpoint import trainer_output
 
-        moments, schedule = Moments(moments or Moments.auto), Schedule(schedule or Schedule.keep)
-        output = trainer_output(plan, output, moments=moments, schedule=schedule)
-    elif moments or schedule:
-        raise _no_state(source, OPTIMIZER_FILE, moments, schedule)
+            output = trainer_output(plan, output, moments=policy, schedule=course)
+        else:
+            require_optimizer(source)
+    if not output.record and (moments or schedule):
+        asked = f"--moments {moments}" if moments else f"--schedule {schedule}"
+        raise RecipeError(f"{source} has no training state, such as {OPTIMIZER_FILE}, for {asked}; leave it out")
     return Growing(plan, output)
 
 
@@ -88,23 +89,3 @@ def grow_checkpoint(
         source, recipe, moments=moments, schedule=schedule, max_shard_bytes=max_shard_bytes, config=config
     )
     return expand(growing.plan, target, growing.output, progress=progress)
-
-
-def _has_training_state(directory: Path) -> bool:
-    """Whether a directory holds an optimizer's state beside its weights.
-
-    Raises:
-        CheckpointError: it holds a schedule alone, which an engine would not restore without an optimizer.
-    """
-    optimizer, scheduler = ((directory / name).exists() for name in (OPTIMIZER_FILE, SCHEDULER_FILE))
-    if scheduler and not optimizer:
-        raise CheckpointError(
-            f"{directory} has {SCHEDULER_FILE} and no {OPTIMIZER_FILE}: a run that goes on from it would lose its "
-            f"schedule; bring {OPTIMIZER_FILE} back, or take the model alone with gdagrow export"
-        )
-    return optimizer
-
-
-def _no_state(source: Path, what: str, moments: str | None, schedule: str | None) -> RecipeError:
-    asked = f"--moments {moments}" if moments else f"--schedule {schedule}"
-    return RecipeError(f"{source} has no training state ({what}) for {asked}; leave it out")

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final
 
 from gdagrow.axes import IndexMap
 from gdagrow.convert import row_maps
+from gdagrow.errors import CheckpointError
 from gdagrow.growth import TensorGrowth
 from gdagrow.plan import GrowthPlan, TensorPlan
 
@@ -51,6 +53,15 @@ class ParameterMoments:
     source: str
     growth: TensorGrowth
     reset: str | None
+
+
+def require_optimizer(directory: Path, file: str = OPTIMIZER_FILE) -> None:
+    """Raise CheckpointError if a checkpoint without `file` has a schedule, which no engine would restore alone."""
+    if (directory / SCHEDULER_FILE).exists():
+        raise CheckpointError(
+            f"{directory} has {SCHEDULER_FILE} and no {file}: a run that goes on from it would lose its schedule; "
+            f"bring {file} back, or take the model alone with gdagrow export"
+        )
 
 
 def plan_moments(plan: GrowthPlan, policy: Moments) -> dict[str, ParameterMoments]:

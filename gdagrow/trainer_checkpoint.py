@@ -54,7 +54,7 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
         for group in tree["param_groups"]:
             # The first step moves nothing, as in every warm-up of transformers; then the new schedule sets the rate.
             group["lr"] = 0.0
-    carried = frozenset(path.name for path in directory.iterdir() if _CARRIED.fullmatch(path.name))
+    carried = carried_files(directory)
     files: dict[str, bytes] = {}
     if schedule is Schedule.restart:
         files = _restarted(directory, carried)
@@ -69,6 +69,11 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
         record=moments_record(planned, moments, schedule, state.beta2),
         hints=(*weights.hints, *(_hints(directory) if schedule is Schedule.keep else ())),
     )
+
+
+def carried_files(directory: Path) -> frozenset[str]:
+    """The files of a Trainer's checkpoint that say where a run is, and are the same for the grown model."""
+    return frozenset(path.name for path in directory.iterdir() if _CARRIED.fullmatch(path.name))
 
 
 def _grown_tree(

@@ -69,12 +69,12 @@ def name_keys(stored: DcpMetadata, parameters: Collection[str]) -> DcpNames:
             carried.append(key)
         else:
             unknown.append(key)
-    _require_known(stored, unknown, weights)
-    prefix = _only_prefix(stored, "weights", weights)
+    _require_known(stored, unknown, weights or moments)
+    prefix = _only_prefix(stored, "weights", weights) if weights else ""
     prefixes = {moment: _only_prefix(stored, moment, found) for moment, found in moments.items()}
     by_moment = {(name, moment): key for moment, found in moments.items()
                  for name, key in found[prefixes[moment]].items()}  # fmt: skip
-    return DcpNames(weights[prefix], by_moment, tuple(carried), prefix, prefixes)
+    return DcpNames(weights.get(prefix, {}), by_moment, tuple(carried), prefix, prefixes)
 
 
 def renamed_path(path: tuple[str | int, ...], old: str, new: str) -> tuple[str | int, ...]:
@@ -98,8 +98,8 @@ def _does_not_grow(tensor: StoredTensor) -> bool:
     return not tensor.shape or tensor.dtype not in _FLOATING
 
 
-def _require_known(stored: DcpMetadata, unknown: list[str], weights: Mapping[str, object]) -> None:
-    if not weights:
+def _require_known(stored: DcpMetadata, unknown: list[str], known: Mapping[str, object]) -> None:
+    if not known:
         raise CheckpointError(
             f"{stored.directory}: none of its {len(stored.tensors)} tensors is named as a parameter of the model in "
             "config.json, with or without a prefix; give the config.json that belongs to it, or rename the tensors: "

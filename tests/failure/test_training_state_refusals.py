@@ -117,7 +117,7 @@ def test_flags_without_a_training_state(tmp_path: Path, capsys: pytest.CaptureFi
     for flag in (("--moments", "reset"), ("--schedule", "restart")):
         outcome = call(capsys, "expand", tmp_path / "model", "--signal-x2", *flag)
         assert outcome.code == 2
-        assert "has no training state (optimizer.pt)" in outcome.err
+        assert "has no training state, such as optimizer.pt, for --" in outcome.err
     assert not list(tmp_path.glob("model-*"))
 
 

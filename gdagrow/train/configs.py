@@ -8,14 +8,11 @@ from typing import Any, Final
 from gdagrow.archs import Parameter, architecture_of
 from gdagrow.costs import checkpoint_figures
 from gdagrow.errors import TrainError
+from gdagrow.formats.kind import SHARDED_WEIGHTS
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.strict_json import parse_object
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.train.recipe import ModelSource
-
-# What several processes save their parts of weights and moments as: accelerate's names.
-SHARDED_WEIGHTS: Final = "pytorch_model_fsdp_0"
-SHARDED_OPTIMIZER: Final = "optimizer_0"
 
 # Weights and moments are kept so, whatever a step is computed in.
 KEPT_DTYPE: Final = "F32"

@@ -73,13 +73,19 @@ def shares_of(recipe: TrainRecipe, num_processes: int) -> tuple[int, int]:
     """How many sequences a process computes at once, and how often it does for one optimizer step.
 
     Raises:
-        TrainError: the batch does not divide so.
+        TrainError: the batch does not divide so, or several processes cannot carry out a growth.
     """
     at_once = recipe.micro_batch_size or recipe.batch_size // num_processes
     if not at_once or recipe.batch_size % (num_processes * at_once):
         raise TrainError(
             f"batch_size {recipe.batch_size} does not divide into {num_processes} processes with "
             f"{recipe.micro_batch_size or 'one or more'} sequences at once; change batch_size or micro_batch_size"
+        )
+    untied = [growth.at for growth in recipe.growth if growth.expand.embeddings == "untie" and num_processes > 1]
+    if untied:
+        raise TrainError(
+            f"growth at step {untied[0]}: the head of untied embeddings would be new to an optimizer that several "
+            "processes share; keep them tied, or untie them with gdagrow expand before the run"
         )
     return at_once, recipe.batch_size // (num_processes * at_once)
 

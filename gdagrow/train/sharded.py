@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from gdagrow.train.configs import SHARDED_OPTIMIZER, SHARDED_WEIGHTS
+from gdagrow.formats.kind import SHARDED_OPTIMIZER, SHARDED_WEIGHTS
 
 
 def load_sharded(state: Path, model: nn.Module, optimizer: Any = None) -> None:

@@ -4,19 +4,20 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
+from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import checkpoint_figures
-from gdagrow.dcp import read_dcp
+from gdagrow.dcp import DcpHeader
+from gdagrow.dcp_checkpoint import read_trees
 from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
-from gdagrow.formats.dcp_metadata import read_metadata
-from gdagrow.formats.kind import Format
+from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
 from gdagrow.formats.publish import copy_companions
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.optimizer_file import read_optimizer
 from gdagrow.record import RECORD_FILE
-from gdagrow.train.configs import SHARDED_OPTIMIZER, SHARDED_WEIGHTS, is_sharded
+from gdagrow.train.configs import is_sharded
 from gdagrow.train.recipe import TrainRecipe
 
 _MAX_FILE_BYTES: Final = 5 * 10**9
@@ -31,12 +32,12 @@ def read_state(state: Path) -> Header:
         CheckpointError: a file of it is missing or damaged, holds code, or is of another model: an engine would run the
             code, and write beyond moments of the wrong shape.
     """
-    if is_sharded(state):
-        read_metadata(state / SHARDED_OPTIMIZER)
-        return read_dcp(state / SHARDED_WEIGHTS, state / _CONFIG)
-    header = read_header(state)
+    header = read_checkpoint(state)
     checkpoint_figures(header)
-    read_optimizer(header)
+    if isinstance(header, DcpHeader):
+        read_trees(header)
+    else:
+        read_optimizer(header)
     return header
 
 

@@ -57,7 +57,9 @@ def test_the_report_draws_its_figures(done: tuple[Path, Outcome]) -> None:
     assert (curves["loss"], curves["eval_loss"], curves["grad_norm"]) == (12, 2, 12)
 
 
-def test_a_killed_run_goes_on_to_the_same_digits(done: tuple[Path, Outcome]) -> None:
+def test_a_killed_run_goes_on_to_the_same_digits(
+    done: tuple[Path, Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
     directory, killed = done[0], done[0] / "killed"
     process = start("train", "recipe.yaml", "--out", "killed", cwd=directory)
     deadline = time.monotonic() + 60
@@ -70,7 +72,7 @@ def test_a_killed_run_goes_on_to_the_same_digits(done: tuple[Path, Outcome]) -> 
     (killed / ".saving" / "checkpoint-12").mkdir(parents=True)  # a state half written, and a line
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    outcome = run("train", "recipe.yaml", "--out", "killed", "--resume", "--quiet", cwd=directory)
+    outcome = call(capsys, "train", directory / "recipe.yaml", "--out", killed, "--resume", "--quiet")
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert lines(killed) == lines(directory / "whole")
     assert names(killed) == names(directory / "whole")
@@ -93,7 +95,7 @@ def test_ctrl_c_says_what_is_there(done: tuple[Path, Outcome], tmp_path: Path) -
 def test_a_second_pass_over_the_text_is_resumed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog; " * 20)  # 3 batches
     data = {"train": str(tmp_path / "a.txt")}
-    changes: dict[str, Any] = {"data": data, "steps": 8, "save_every": 2, "keep": 9, "evaluate_every": 0}
+    changes: dict[str, Any] = {"data": data, "steps": 8, "save_every": 2, "keep": 9, "log_every": 3, "evaluate_every": 0}
     recipe = write_recipe(tmp_path / "r.yaml", **changes)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert call(capsys, "train", recipe, "--out", whole, "--quiet").code == 0

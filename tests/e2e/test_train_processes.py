@@ -1,4 +1,4 @@
-"""Training in several processes: FSDP2 on CPUs by `torchrun`, its states loaded by any number, a process killed."""
+"""Training in several processes: FSDP2 on CPUs by `torchrun`, grown, one killed, its states loaded by any number."""
 
 import os
 import shutil
@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ from tests.trainings import lines, losses, names, write_recipe
 # Sums over two halves of a batch instead of one, in float32, through twelve steps: the noise of single roundings
 # (6e-8) grown by a model whose loss falls by a sixth.
 NOISE = 1e-5
+
+# The first of several processes grows the parts of all.
+GROWTH = {"at": 6, "expand": {"signal": 2, "hidden": 2}, "freeze": {"heads": "old", "steps": 2}}
+GROWING: Mapping[str, Any] = {"growth": [GROWTH], "keep": 9, "multipliers": True, "health_every": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +43,10 @@ def free_port() -> str:
 
 
 def together(count: int, *words: object) -> list[int]:
-    """Run a command line in copies of this process, which need not import anything, as `torchrun` would start them."""
+    """Run a command line in copies of this process, as `torchrun` would start them but for what need not be imported.
+
+    For runs that do not grow on the way: copies of a process cannot use the threads that it had.
+    """
     environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     children = [_copy({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, words) for rank in range(count)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -66,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from gdagrow_cli.main import main
 
     directory = tmp_path_factory.mktemp("whole")
-    recipe = write_recipe(directory / "r.yaml", keep=9)
+    recipe = write_recipe(directory / "r.yaml", **GROWING)
     assert main(["train", str(recipe), "--out", str(directory / "run"), "--quiet"]) == 0
     return directory / "run"
 
@@ -94,14 +102,14 @@ def workers(launcher: int) -> list[int]:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by `torchrun` of which one process was killed, gone on with by two."""
     directory = tmp_path_factory.mktemp("sharded")
-    recipe = write_recipe(directory / "r.yaml", keep=9)
+    recipe = write_recipe(directory / "r.yaml", **GROWING)
     words = ["train", str(recipe), "--out", str(directory / "run"), "--resume", "--quiet"]
     launched = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
          "-m", "gdagrow_cli.main", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_for((directory / "run" / "checkpoint-4").exists)
+    wait_for((directory / "run" / "checkpoint-8").exists)
     os.kill(workers(launched.pid)[-1], signal.SIGKILL)
     assert launched.wait(60) != 0
     assert not (directory / "run" / "model").exists()
@@ -119,28 +127,48 @@ def assert_same_losses(run: Path, reference: Path) -> None:
 
 def test_two_processes_have_the_losses_of_one(sharded: Path, whole: Path) -> None:
     assert_same_losses(sharded, whole)
-    assert names(sharded / "checkpoint-8") == [
-        "config.json", "optimizer_0", "pytorch_model_fsdp_0", "rng_state_0.pth", "rng_state_1.pth", "scheduler.pt",
-        "trainer_state.json",
-    ]  # fmt: skip
-    assert names(sharded / "model") == names(whole / "model")
+    parts = ["optimizer_0", "pytorch_model_fsdp_0", "rng_state_0.pth", "rng_state_1.pth"]
+    rest = ["scheduler.pt", "trainer_state.json"]
+    assert names(sharded / "checkpoint-4") == ["config.json", *parts, *rest]
+    for grown in ("grown-6", "checkpoint-8"):
+        assert names(sharded / grown) == ["config.json", "growth.json", *parts, *rest]
+    assert set(names(whole / "model")) - set(names(sharded / "model")) == {"generation_config.json"}
+
+
+def test_the_loss_is_the_same_right_after_a_growth_of_parts(sharded: Path) -> None:
+    before, after = (line["eval_loss"] for line in lines(sharded) if line["step"] == 6 and "eval_loss" in line)
+    assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_health_is_that_of_the_whole(sharded: Path, whole: Path) -> None:
+    health = [
+        [line["copies"]["signal"]["cosine"] for line in lines(run) if "copies" in line] for run in (sharded, whole)
+    ]
+    assert len(health[0]) == 2
+    assert health[0] == pytest.approx(health[1], rel=NOISE)
 
 
 def test_every_process_holds_its_part(sharded: Path) -> None:
-    stored = FileSystemReader(sharded / "checkpoint-8" / "pytorch_model_fsdp_0").read_metadata().state_dict_metadata
+    stored = FileSystemReader(sharded / "checkpoint-4" / "pytorch_model_fsdp_0").read_metadata().state_dict_metadata
     chunks = {name: [list(chunk.sizes) for chunk in stored[name].chunks] for name in stored}
     assert chunks["model.model.embed_tokens.weight"] == [[128, 32]] * 2
 
 
-@pytest.mark.parametrize(("source", "count"), [("sharded", 1), ("whole", 2), ("sharded", 4)])
+@pytest.mark.parametrize(
+    ("source", "gone", "count"),
+    [
+        ("sharded", ["checkpoint-8", "checkpoint-12"], 1),
+        ("whole", ["checkpoint-12"], 2),
+    ],
+)
 def test_a_state_is_gone_on_with_by_another_number(
-    source: str, count: int, whole: Path, tmp_path: Path, request: pytest.FixtureRequest,
+    source: str, gone: list[str], count: int, whole: Path, tmp_path: Path, request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     shutil.copytree(request.getfixturevalue(source), tmp_path / "run")
-    for name in ("checkpoint-12", "model"):
+    for name in [*gone, "model"]:
         shutil.rmtree(tmp_path / "run" / name)
-    words = ["train", write_recipe(tmp_path / "r.yaml", keep=9), "--out", tmp_path / "run", "--resume", "--quiet"]
+    words = ["train", write_recipe(tmp_path / "r.yaml", **GROWING), "--out", tmp_path / "run", "--resume", "--quiet"]
     if count == 1:
         assert call(capsys, *words).code == 0
     else:

@@ -14,6 +14,7 @@ from gdagrow.train.building import build_model
 from gdagrow.train.configs import header_of_config
 from gdagrow.train.dry_run import activation_bytes, forecast
 from gdagrow.train.recipe import make_train_recipe, read_train_recipe
+from tests.checkpoints import write_checkpoint
 from tests.command import call
 from tests.trainings import CONFIG, recipe, write_recipe
 
@@ -77,6 +78,15 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         forecast(make_train_recipe(recipe(), "r"), 3)
 
 
+def test_what_several_processes_cannot_grow_is_refused_before_they_begin() -> None:
+    model = {"config": {**CONFIG, "tie_word_embeddings": True}}
+    growth = [{"at": 5, "expand": {"signal": 2, "embeddings": "untie"}}]
+    made = make_train_recipe(recipe(model=model, growth=growth), "r")
+    assert len(forecast(made, 1).legs) == 2
+    with pytest.raises(TrainError, match="growth at step 5: the head of untied embeddings would be new"):
+        forecast(made, 2)
+
+
 def test_the_command_says_so_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     growth = [{"at": 8, "expand": {"signal": 2}}]
     path = write_recipe(tmp_path / "r.yaml", growth=growth, data={"train": "not-yet-there"})
@@ -90,5 +100,10 @@ def test_the_command_says_so_and_makes_nothing(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_recipe_has_a_forecast(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "train", path, "--dry-run", "--processes", "8", "--json").code == 0
+def test_every_shipped_recipe_has_a_forecast(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "demo" / "source", vocab=256, groups=2, kv_groups=2)
+    (tmp_path / "recipes").symlink_to(SHIPPED.parent)
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "train", path, "--dry-run", "--processes", "4", "--json").code == 0

@@ -10,7 +10,8 @@ from gdagrow.recipe import make_recipe
 from gdagrow.train.recipe import make_train_recipe, read_train_recipe
 from tests.trainings import CONFIG, recipe, write_recipe
 
-SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "train").glob("*.yaml"))
+SHIPPED_FROM = Path(__file__).parents[2]
+SHIPPED = sorted((SHIPPED_FROM / "recipes" / "train").glob("*.yaml"))
 
 
 def test_what_is_left_out_has_its_default() -> None:
@@ -20,9 +21,12 @@ def test_what_is_left_out_has_its_default() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_recipe_is_the_same_after_it_was_written_as_used(path: Path, tmp_path: Path) -> None:
+def test_a_recipe_is_the_same_after_it_was_written_as_used(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ruamel.yaml import YAML
 
+    monkeypatch.chdir(SHIPPED_FROM)
     made = read_train_recipe(path)
     with (tmp_path / "recipe.yaml").open("w") as file:
         YAML(typ="safe", pure=True).dump(made.as_dict(), file)

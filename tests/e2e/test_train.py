@@ -95,8 +95,8 @@ def test_ctrl_c_says_what_is_there(done: tuple[Path, Outcome], tmp_path: Path) -
 def test_a_second_pass_over_the_text_is_resumed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog; " * 20)  # 3 batches
     data = {"train": str(tmp_path / "a.txt")}
-    changes: dict[str, Any] = {"data": data, "steps": 8, "save_every": 2, "keep": 9, "log_every": 3, "evaluate_every": 0}
-    recipe = write_recipe(tmp_path / "r.yaml", **changes)
+    changes: dict[str, Any] = {"steps": 8, "save_every": 2, "keep": 9, "log_every": 3, "evaluate_every": 0}
+    recipe = write_recipe(tmp_path / "r.yaml", data=data, **changes)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert call(capsys, "train", recipe, "--out", whole, "--quiet").code == 0
     for state in ("checkpoint-4", "checkpoint-6"):  # within the second pass, and at the end of it

@@ -31,3 +31,7 @@ class CompareError(GdagrowError):
 
 class ReportError(GdagrowError):
     """A report cannot be made: a package or a training run is missing."""
+
+
+class TrainError(GdagrowError):
+    """A training run cannot be started, gone on with, or kept up: bad data, a run of other settings, a loss of NaN."""

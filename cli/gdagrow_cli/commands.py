@@ -278,6 +278,61 @@ def stats(
 
 
 @app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file that says what to train and how.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's directory; by default the recipe's name, here.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            metavar="",
+            show_default=False,
+            help="Say what the run would be and take, without reading weights or making anything.",
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="For --dry-run: the number of processes, one a GPU; by default torchrun's, or 1."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar="",
+            show_default=False,
+            help="Go on from the last whole state in DIR, or from the start if there is none.",
+        ),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", metavar="", show_default=False, help="Remove what an earlier run left in DIR, and begin anew."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.", show_default=False)
+    ] = False,
+) -> None:
+    """Train a model, or go on training one, and grow it in mid-run if the recipe says so.
+
+    One process, or several started by torchrun or accelerate launch. Needs the package's extra `train`.
+    """
+    if dry_run:
+        from gdagrow_cli.forecast_view import show_forecast
+
+        show_forecast(recipe, processes, as_json=as_json)
+        return
+    from gdagrow_cli.train_view import run_training
+
+    run_training(recipe, out, resume=resume, restart=restart, as_json=as_json, quiet=quiet)
+
+
+@app.command()
 def report(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The checkpoint that was grown.")],
     grown: Annotated[

@@ -23,11 +23,14 @@ ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats
 # The command line's own, which the library never needs; the demo draws its progress itself.
 TERMINAL, MAY_DRAW = {"typer", "click", "rich", "gdagrow_cli"}, {"train/demo.py"}
 # Slow to import or not installed everywhere: inside functions only.
-INSIDE_FUNCTIONS = {"transformers", "tokenizers", "ruamel", "matplotlib"}
+INSIDE_FUNCTIONS = {"transformers", "accelerate", "datasets", "tokenizers", "ruamel", "matplotlib"}
 # The modules made for one of these, which nothing imports that does without it.
 NAMED_FOR = {
     "matplotlib": {"report/panel.py", "report/charts.py", "report/head_maps.py"},
-    "transformers": {f"models/{name}.py" for name in ("hf", "hf_config", "hf_layers", "hf_model")},
+    "transformers": {
+        *(f"models/{name}.py" for name in ("hf", "hf_config", "hf_layers", "hf_model")),
+        *(f"train/{name}.py" for name in ("building", "callbacks", "engine", "flow", "health_callback", "run")),
+    },
 }
 
 

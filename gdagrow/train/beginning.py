@@ -1,0 +1,64 @@
+"""The beginning of a run: what lies in its directory, and whether the recipe may go on with it."""
+
+import shutil
+from pathlib import Path
+
+from gdagrow.errors import TrainError
+from gdagrow.train.recipe import FIXED, MidRunGrowth, TrainRecipe, read_train_recipe
+from gdagrow.train.run_directory import (
+    MODEL,
+    RECIPE_FILE,
+    RunState,
+    clear,
+    is_begun,
+    last_state,
+    remove_unfinished,
+)
+
+
+def begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> None:
+    """Make the run's directory ready.
+
+    Raises:
+        TrainError: it has a run already that is done, was another one, or shall neither be resumed nor restarted.
+    """
+    if restart:
+        clear(run)
+    if is_begun(run) and not resume:
+        raise TrainError(f"{run} is not empty; --resume goes on with the run in it, --restart begins it anew")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"{run} cannot be made ({error.strerror}); choose another place") from None
+    remove_unfinished(run)
+    last = last_state(run)
+    if (run / RECIPE_FILE).exists() and last is not None:
+        _require_same(recipe, read_train_recipe(run / RECIPE_FILE), last, run)
+    if last is not None and last.step >= recipe.steps and (run / MODEL).exists():
+        raise TrainError(f"{run}: all {recipe.steps} steps are done; to go on, ask for more steps in the recipe")
+    shutil.rmtree(run / MODEL, ignore_errors=True)
+    _write_recipe(recipe, run / RECIPE_FILE)
+
+
+def _require_same(recipe: TrainRecipe, before: TrainRecipe, last: RunState, run: Path) -> None:
+    changed = [key for key in FIXED if getattr(recipe, key) != getattr(before, key)]
+    if _done(recipe, last) != _done(before, last):
+        changed.append("growth")
+    if changed:
+        raise TrainError(
+            f"{run} was begun with another {', '.join(changed)} than the recipe says; take {run / RECIPE_FILE}, or "
+            "begin anew with --restart"
+        )
+
+
+def _done(recipe: TrainRecipe, last: RunState) -> list[MidRunGrowth]:
+    return [growth for growth in recipe.growth if growth.at < last.step + last.grown]
+
+
+def _write_recipe(recipe: TrainRecipe, path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    with path.open("w", encoding="utf-8") as file:
+        writer = YAML(typ="safe", pure=True)
+        writer.default_flow_style = False
+        writer.dump(recipe.as_dict(), file)

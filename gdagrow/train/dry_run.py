@@ -1,0 +1,176 @@
+"""What a run would be and take, by arithmetic on shapes: nothing is read but headers, nothing is set aside."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from gdagrow.archs import Sizes
+from gdagrow.costs import ModelFigures, checkpoint_figures
+from gdagrow.errors import TrainError
+from gdagrow.header import Header
+from gdagrow.plan import make_plan
+from gdagrow.train.configs import header_of, header_of_config
+from gdagrow.train.recipe import TrainRecipe
+
+# Forward once, backward twice over.
+_PASSES: Final = 3
+_KEPT_BYTES: Final = 4
+_COMPUTED_BYTES: Final = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in one process; `activations` and `logits` are estimates, the others are sizes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Steps `(begin, end]` of a run, between growths.
+
+    flops_per_step: Of all processes: matrix products and attention, forward and backward.
+    """
+
+    begin: int
+    end: int
+    model: ModelFigures
+    memory: Memory
+    flops_per_step: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run before it is run."""
+
+    processes: int
+    micro_batch_size: int
+    accumulation: int
+    tokens_per_step: int
+    tokens: int
+    legs: tuple[Leg, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        legs = [
+            {"begin": leg.begin, "end": leg.end, "parameters": leg.model.num_parameters,
+             "memory": {**asdict(leg.memory), "total": leg.memory.total}, "flops_per_step": leg.flops_per_step}
+            for leg in self.legs
+        ]  # fmt: skip
+        return {**asdict(self), "legs": legs}
+
+
+def shares_of(recipe: TrainRecipe, num_processes: int) -> tuple[int, int]:
+    """How many sequences a process computes at once, and how often it does for one optimizer step.
+
+    Raises:
+        TrainError: the batch does not divide so, or several processes cannot carry out a growth.
+    """
+    at_once = recipe.micro_batch_size or recipe.batch_size // num_processes
+    if not at_once or recipe.batch_size % (num_processes * at_once):
+        raise TrainError(
+            f"batch_size {recipe.batch_size} does not divide into {num_processes} processes with "
+            f"{recipe.micro_batch_size or 'one or more'} sequences at once; change batch_size or micro_batch_size"
+        )
+    untied = [growth.at for growth in recipe.growth if growth.expand.embeddings == "untie" and num_processes > 1]
+    if untied:
+        raise TrainError(
+            f"growth at step {untied[0]}: the head of untied embeddings would be new to an optimizer that several "
+            "processes share; keep them tied, or untie them with gdagrow expand before the run"
+        )
+    return at_once, recipe.batch_size // (num_processes * at_once)
+
+
+def headers_of(recipe: TrainRecipe) -> list[Header]:
+    """The model at the start, and after each growth.
+
+    Raises:
+        GdagrowError: it cannot be read, or cannot grow so.
+    """
+    headers = [header_of(recipe.model)]
+    for growth in recipe.growth:
+        headers.append(header_of_config(make_plan(headers[-1], growth.expand).config))
+    return headers
+
+
+def forecast(recipe: TrainRecipe, num_processes: int) -> Forecast:
+    """Say what a run would be on so many processes.
+
+    Raises:
+        GdagrowError: the model cannot be read, cannot grow so, or the batch does not divide.
+    """
+    at_once, accumulation = shares_of(recipe, num_processes)
+    begins = [0, *(growth.at for growth in recipe.growth)]
+    legs = tuple(
+        _leg(recipe, header, begin, end, num_processes, at_once)
+        for header, begin, end in zip(headers_of(recipe), begins, [*begins[1:], recipe.steps], strict=True)
+    )
+    per_step = recipe.batch_size * recipe.context_length
+    return Forecast(num_processes, at_once, accumulation, per_step, per_step * recipe.steps, legs)
+
+
+def _leg(recipe: TrainRecipe, header: Header, begin: int, end: int, num_processes: int, at_once: int) -> Leg:
+    figures = checkpoint_figures(header)
+    look_back = recipe.context_length / 2 / figures.context_length
+    per_token = figures.matmul_flops_per_token + figures.attention_flops_per_token * look_back
+    flops = round(_PASSES * per_token * recipe.batch_size * recipe.context_length)
+    return Leg(begin, end, figures, _memory(recipe, header, figures, num_processes, at_once), flops)
+
+
+def _memory(recipe: TrainRecipe, header: Header, figures: ModelFigures, num_processes: int, at_once: int) -> Memory:
+    share = -(-figures.num_parameters // num_processes)
+    moments = _moments(recipe, figures)
+    item, tokens = _COMPUTED_BYTES[recipe.precision], at_once * recipe.context_length
+    layer = activation_bytes(header.config, figures.sizes) * tokens
+    stored = figures.sizes.hidden * item * tokens
+    layers = figures.sizes.num_layers
+    return Memory(
+        weights=share * _KEPT_BYTES,
+        gradients=share * _KEPT_BYTES,
+        optimizer=-(-moments // num_processes) * _KEPT_BYTES,
+        gathered=_gathered(header, item) if num_processes > 1 else figures.num_parameters * item * (item < _KEPT_BYTES),
+        activations=layers * stored + layer if recipe.gradient_checkpointing else layers * layer,
+        # In the dtype of the computation, as float32 for the loss, and the gradients of both.
+        logits=tokens * figures.sizes.vocab * 2 * (item + _KEPT_BYTES),
+    )
+
+
+def _moments(recipe: TrainRecipe, figures: ModelFigures) -> int:
+    """Values that the optimizer keeps."""
+    optimizer, parameters = recipe.optimizer, figures.num_parameters
+    if optimizer.name == "sgd":
+        return parameters if optimizer.momentum else 0
+    # Muon keeps one for the matrices of the layers (and of what little else there is in them).
+    in_layers = figures.parameters["attention"] + figures.parameters["mlp"]
+    return 2 * parameters - (in_layers if optimizer.name == "muon" else 0)
+
+
+def _gathered(header: Header, item: int) -> int:
+    """Two units whole in the dtype of the computation, one at work and one on its way, and one's gradients."""
+    units: dict[str, int] = {}
+    for name, info in header.tensors.items():
+        unit = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
+        units[unit] = units.get(unit, 0) + info.num_elements
+    return max(units.values()) * (2 * item + _KEPT_BYTES)
+
+
+def activation_bytes(config: Mapping[str, Any], sizes: Sizes) -> int:
+    """About how many bytes one layer keeps of a token for its backward pass.
+
+    Counted on small models: 4 bytes a value even in bf16, since norms and the difference of the two attentions are
+    computed in float32 and both are kept.
+    """
+    heads, width = sizes.heads, sizes.head_dim
+    projected = (heads.num_query_heads + 4 * heads.num_kv_groups) * width
+    read = 2 * width * heads.num_query_heads
+    gated = {"poly_norm": 8, "silu": 4}[config["hidden_act"]] * sizes.ffn
+    return _KEPT_BYTES * (6 * sizes.hidden + projected + 4 * read + gated)

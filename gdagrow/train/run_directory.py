@@ -1,0 +1,112 @@
+"""The directory of a training run: its states, of which only whole ones have their name, and which one is the last.
+
+recipe.yaml     the recipe as used
+metrics.jsonl   one JSON object a line, each with a step
+checkpoint-200  the state after step 200, as the engine writes it
+grown-200       the same state, grown: what step 201 goes on from
+model           the model at the end
+tokens          the text as tokens
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+RECIPE_FILE: Final = "recipe.yaml"
+METRICS_FILE: Final = "metrics.jsonl"
+MODEL: Final = "model"
+TOKENS: Final = "tokens"
+
+_STATE: Final = re.compile(r"(checkpoint|grown)-(0|[1-9]\d{0,14})")
+_SAVING: Final = ".saving"
+_OURS: Final = (RECIPE_FILE, METRICS_FILE, MODEL, TOKENS, _SAVING)
+
+
+@dataclass(frozen=True, order=True)
+class RunState:
+    """A state on the disk; a grown one comes after the one that it grew from."""
+
+    step: int
+    grown: bool
+    directory: Path
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the state after a step."""
+    return f"checkpoint-{step}"
+
+
+def grown_name(step: int) -> str:
+    """The name of what that state was grown into."""
+    return f"grown-{step}"
+
+
+def states(run: Path) -> list[RunState]:
+    """The whole states of a run, oldest first; a state that is being written has another name."""
+    found = ((path, _STATE.fullmatch(path.name)) for path in (run.iterdir() if run.is_dir() else ()))
+    return sorted(
+        RunState(int(match.group(2)), match.group(1) == "grown", path)
+        for path, match in found if match and path.is_dir()
+    )  # fmt: skip
+
+
+def last_state(run: Path) -> RunState | None:
+    """The state that a run goes on from; None at its start."""
+    return next(reversed(states(run)), None)
+
+
+def is_begun(run: Path) -> bool:
+    """Whether there is anything of a run in a directory."""
+    return run.is_dir() and any(run.iterdir())
+
+
+def clear(run: Path) -> None:
+    """Remove what a run left, and nothing else."""
+    for name in [*_OURS, *(state.directory.name for state in states(run))]:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove a state that was being written when its run was killed."""
+    shutil.rmtree(run / _SAVING, ignore_errors=True)
+
+
+def saving_directory(run: Path) -> Path:
+    """Where a state is written until it is whole."""
+    return run / _SAVING
+
+
+def publish(run: Path, name: str) -> None:
+    """Put what was written in the saving directory into place, once it is on the disk."""
+    partial = saving_directory(run) / name
+    for directory, _, files in os.walk(partial):
+        for file in files:
+            _sync(Path(directory, file))
+        _sync(Path(directory))
+    os.rename(partial, run / name)
+    _sync(run)
+
+
+def keep_last(run: Path, count: int) -> None:
+    """Remove all states but the last `count`."""
+    for state in states(run)[:-count]:
+        # Renamed first: a state that is half removed must not look whole.
+        doomed = saving_directory(run) / f"removed-{state.directory.name}"
+        doomed.parent.mkdir(exist_ok=True)
+        os.rename(state.directory, doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

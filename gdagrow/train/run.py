@@ -78,7 +78,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    processes = Processes(on_cpu=recipe.device == "cpu")
+    processes = Processes(recipe)
     shares_of(recipe, processes.count)  # refuses a batch that does not divide
     start = headers_of(recipe)[0]  # refuses what cannot grow so
     vocab = architecture_of(start.config).sizes(start.config).vocab

@@ -56,6 +56,8 @@ def run_training(
 def _imported() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        import accelerate  # type: ignore[import-untyped]  # noqa: F401  (the Trainer asks for it late)
+
         from gdagrow.train.run import train
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "gdagrow":

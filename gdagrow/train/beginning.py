@@ -32,23 +32,26 @@ def begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> Non
         raise TrainError(f"{run} cannot be made ({error.strerror}); choose another place") from None
     remove_unfinished(run)
     last = last_state(run)
-    if (run / RECIPE_FILE).exists() and last is not None:
-        _require_same(recipe, read_train_recipe(run / RECIPE_FILE), last, run)
+    changed = _changed(recipe, read_train_recipe(run / RECIPE_FILE), last) if (run / RECIPE_FILE).exists() else []
+    if changed and last is not None:
+        raise TrainError(
+            f"{run} was begun with another {', '.join(changed)} than the recipe says; take {run / RECIPE_FILE}, or "
+            "begin anew with --restart"
+        )
+    if changed:
+        clear(run)  # there is nothing yet that another recipe could spoil, but tokens
     if last is not None and last.step >= recipe.steps and (run / MODEL).exists():
         raise TrainError(f"{run}: all {recipe.steps} steps are done; to go on, ask for more steps in the recipe")
     shutil.rmtree(run / MODEL, ignore_errors=True)
     _write_recipe(recipe, run / RECIPE_FILE)
 
 
-def _require_same(recipe: TrainRecipe, before: TrainRecipe, last: RunState, run: Path) -> None:
+def _changed(recipe: TrainRecipe, before: TrainRecipe, last: RunState | None) -> list[str]:
+    """What of a recipe is another than it was and must not be."""
     changed = [key for key in FIXED if getattr(recipe, key) != getattr(before, key)]
-    if _done(recipe, last) != _done(before, last):
+    if last is not None and _done(recipe, last) != _done(before, last):
         changed.append("growth")
-    if changed:
-        raise TrainError(
-            f"{run} was begun with another {', '.join(changed)} than the recipe says; take {run / RECIPE_FILE}, or "
-            "begin anew with --restart"
-        )
+    return changed
 
 
 def _done(recipe: TrainRecipe, last: RunState) -> list[MidRunGrowth]:

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -55,9 +56,10 @@ class Windows(Dataset[dict[str, Tensor]]):
     def __init__(
         self, files: Sequence[TokenFile], length: int, vocab: int, begin: int = 0, end: int | None = None
     ) -> None:
-        self._files, self._length, self._vocab = tuple(files), length, vocab
-        self._arrays = [file.open() for file in files]
-        self._starts = list(accumulate((file.num_tokens // length for file in files), initial=0))
+        self._files = tuple(file for file in files if file.num_tokens >= length)
+        self._length, self._vocab = length, vocab
+        self._arrays = [file.open() for file in self._files]
+        self._starts = list(accumulate((file.num_tokens // length for file in self._files), initial=0))
         self._begin, self._end = begin, self._starts[-1] if end is None else end
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class Windows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`input_ids` and `labels`, both int64 `[length]` and the same: the model shifts them."""
         at = self._begin + index
-        file = next(i for i in range(len(self._files)) if at < self._starts[i + 1])
+        file = bisect_right(self._starts, at) - 1
         start = (at - self._starts[file]) * self._length
         ids = torch.from_numpy(self._arrays[file][start : start + self._length].astype(np.int64))
         if int(ids.max()) >= self._vocab:
@@ -79,6 +81,12 @@ class Windows(Dataset[dict[str, Tensor]]):
     def part(self, begin: int, end: int) -> "Windows":
         """The stretches `[begin, end)` of these."""
         return Windows(self._files, self._length, self._vocab, self._begin + begin, self._begin + end)
+
+
+def require_files(source: DataSource) -> None:
+    """Raises TrainError if a path or pattern matches no file."""
+    for pattern in (*source.train, *(source.evaluation or ())):
+        _matching(pattern)
 
 
 def prepare_tokens(source: DataSource, directory: Path, vocab: int, end_of_text: int | None) -> None:

@@ -15,6 +15,7 @@ from gdagrow.record import RECORD_FILE
 from gdagrow.train.configs import is_sharded
 from gdagrow.train.dry_run import shares_of
 from gdagrow.train.muon import MuonAndAdamW
+from gdagrow.train.processes import on_cpu
 from gdagrow.train.recipe import TrainRecipe
 from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory
 from gdagrow.train.schedule import learning_rate_factor
@@ -58,8 +59,8 @@ def arguments(recipe: TrainRecipe, run: Path, num_processes: int, *, evaluate_fi
         prediction_loss_only=True,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        use_cpu=recipe.device == "cpu",
-        dataloader_pin_memory=recipe.device != "cpu" and torch.cuda.is_available(),
+        use_cpu=on_cpu(recipe),
+        dataloader_pin_memory=not on_cpu(recipe),
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,

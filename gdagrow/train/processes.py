@@ -4,10 +4,18 @@ import os
 from datetime import timedelta
 from typing import Any, Final
 
+import torch
 import torch.distributed as dist
+
+from gdagrow.train.recipe import TrainRecipe
 
 # The first process may tokenise and grow for long while the others wait.
 _PATIENCE: Final = timedelta(days=2)
+
+
+def on_cpu(recipe: TrainRecipe) -> bool:
+    """Whether a run computes on CPUs: because it shall, or because there is nothing else."""
+    return recipe.device == "cpu" or not torch.accelerator.is_available()
 
 
 class Processes:
@@ -16,14 +24,14 @@ class Processes:
     number: Counted from 0 over all machines. count: Of all.
     """
 
-    def __init__(self, *, on_cpu: bool) -> None:
+    def __init__(self, recipe: TrainRecipe) -> None:
         self.number = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._patient: Any = None
         if self.count > 1:
             from accelerate import PartialState  # type: ignore[import-untyped]
 
-            PartialState(cpu=on_cpu)
+            PartialState(cpu=on_cpu(recipe))
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     @property

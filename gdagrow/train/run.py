@@ -20,7 +20,7 @@ from gdagrow.train.beginning import begin
 from gdagrow.train.building import build_model
 from gdagrow.train.callbacks import FreezeCallback, GrowthCallback
 from gdagrow.train.configs import is_sharded
-from gdagrow.train.data import Windows, open_tokens, prepare_tokens
+from gdagrow.train.data import Windows, open_tokens, prepare_tokens, require_files
 from gdagrow.train.dry_run import headers_of, shares_of
 from gdagrow.train.engine import RunTrainer, arguments
 from gdagrow.train.flow import RunCallback
@@ -78,11 +78,13 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    processes = Processes(on_cpu=recipe.device == "cpu")
+    processes = Processes(recipe)
     shares_of(recipe, processes.count)  # refuses a batch that does not divide
     start = headers_of(recipe)[0]  # refuses what cannot grow so
     vocab = architecture_of(start.config).sizes(start.config).vocab
     if processes.is_first:
+        if not (run / TOKENS).exists() or restart:
+            require_files(recipe.data)
         begin(recipe, run, resume=resume, restart=restart)
         if not (run / TOKENS).exists():
             prepare_tokens(recipe.data, saving_directory(run) / TOKENS, vocab, start.config.get("eos_token_id"))

@@ -190,7 +190,7 @@ def test_bf16_and_tied_embeddings_in_two_processes(tmp_path: Path, capsys: pytes
     from tests.trainings import CONFIG
 
     changes = {"model": {"config": {**CONFIG, "tie_word_embeddings": True}}, "precision": "bf16", "steps": 6,
-               "gradient_checkpointing": True, "evaluate_every": 0}  # fmt: skip
+               "gradient_checkpointing": True, "evaluate_every": 0, "device": "auto"}  # fmt: skip
     recipe = write_recipe(tmp_path / "r.yaml", **changes)
     assert call(capsys, "train", recipe, "--out", tmp_path / "one", "--quiet").code == 0
     assert together(2, "train", recipe, "--out", tmp_path / "two", "--quiet") == [0, 0]

@@ -95,6 +95,7 @@ def test_the_end_of_the_text_is_held_out(tmp_path: Path) -> None:
         ("none.txt", None, "matches no file; give the path of a text"),
         ("a.bin", b"\xff\xff" * 8, "token 65535 after 0 is outside the model's vocabulary of 256; tokenise"),
         ("a.npy", b"no array", "cannot be read"),
+        ("a.txt", b"", "the training text is shorter than one sequence of 4 tokens"),
         ("a.txt", b"abc", "the training text is shorter than one sequence of 4 tokens"),
         ("a.jsonl", b'{"text": 3}\n', "expected a text under 'text'"),
         ("a.jsonl", b"{broken", "cannot be read"),

@@ -18,7 +18,8 @@ def plan_shards(
     tensor is aligned to its item size. `metadata` is written to every shard, beside `format: pt`.
 
     Raises:
-        OutputError: a shard would hold more tensors than a safetensors header can name.
+        OutputError: a shard would hold more tensors than a safetensors header can name, or one with a name that stands
+            there already, such as the format's own `__metadata__`.
     """
     groups: list[list[TargetTensor]] = [[]]
     group_bytes = 0
@@ -39,6 +40,8 @@ def _layout(file: str, tensors: Sequence[TargetTensor], metadata: Mapping[str, s
     fields: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     for tensor in ordered:
+        if tensor.name in fields:
+            raise OutputError(f"{file}: a tensor cannot be named {tensor.name!r} in safetensors; rename it")
         stop = start + tensor.num_bytes
         fields[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop

@@ -46,3 +46,11 @@ def test_diff_logits_benchmark(tmp_path: Path) -> None:
     assert found["whole_rss_anon_above_torch_mib"] > 2 * found["grown_bytes"] / 2**20
     assert 0 < found["rss_anon_above_torch_mib"] < found["vm_hwm_mib"]
     assert len(found["wall_over_whole"]) == len(found["cpu_over_whole"]) == 1
+
+
+def test_state_benchmark_and_the_bound_on_memory(tmp_path: Path) -> None:
+    figures = figures_of(tmp_path, "state.py", gigabytes=0.03)
+    assert figures["output_bytes"]["state"] > 300e6
+    assert len(figures["state_rate_over_weights_rate"]) == 1
+    for found in figures["arms"].values():
+        assert found["rss_anon_above_torch_mib"] < 300

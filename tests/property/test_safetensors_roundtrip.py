@@ -15,7 +15,9 @@ from gdagrow.formats.safetensors_reader import TORCH_DTYPES, TensorReader
 
 TENSORS = st.lists(
     st.tuples(
-        st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=12),
+        st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=12).filter(
+            lambda name: name != "__metadata__"
+        ),
         st.sampled_from(sorted(TORCH_DTYPES)),
         st.lists(st.integers(0, 5), max_size=4).map(tuple),
     ),

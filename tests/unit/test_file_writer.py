@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gdagrow.errors import OutputError
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import BLOCK_BYTES, FileWriter, tensor_bytes
 from gdagrow.formats.safetensors_header import read_shard
@@ -44,6 +45,12 @@ def test_every_tensor_is_aligned_to_its_items_and_order_is_kept_within_a_size() 
     assert header.pop("__metadata__") == {"format": "pt", "made": "by ü"}
     offsets = [tuple(entry["data_offsets"]) for entry in header.values()]
     assert offsets == [(0, 8), (8, 8), (8, 14), (14, 16), (16, 17)]
+
+
+def test_a_name_that_the_format_keeps_for_itself_is_refused() -> None:
+    for names in (["__metadata__"], ["twice", "twice"]):
+        with pytest.raises(OutputError, match=f"a tensor cannot be named '{names[-1]}' in safetensors; rename it"):
+            plan_shards([TargetTensor(name, "U8", (1,)) for name in names], 100)
 
 
 def test_index_is_what_transformers_expects() -> None:

@@ -198,7 +198,7 @@ class _Run:
         seed, is_first = self._recipe.seed, self._processes.is_first
         model = build_model(header.config, header.tensors, weights, seed, is_first=is_first)
         if self._recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         return model
 
     def _publish_model(self, state: Path) -> None:

@@ -168,7 +168,7 @@ class _Run:
             callbacks=[RunCallback(recipe, stop_at, self._write, self._tick), *self._callbacks(described, step)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(str(directory) if directory else None, ignore_keys_for_eval=["past_key_values"])
+        trainer.train(str(directory) if directory else None)
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()

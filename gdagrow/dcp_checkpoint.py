@@ -123,12 +123,14 @@ def _require_moments(weights: Header, state: DcpHeader) -> None:
     problems = []
     for (name, kind), info in state.moments.items():
         kinds.setdefault(name, set()).add(kind)
-        expected = weights.tensors[name].shape
-        if kind not in POWERS:
+        weight = weights.tensors.get(name)
+        if weight is None:
+            problems.append(f"{info.name} is of no weight that is stored")
+        elif kind not in POWERS:
             if info.num_elements != 1:
                 problems.append(f"{info.name} is none of {', '.join(POWERS)}")
-        elif info.shape != expected:
-            problems.append(f"{info.name} has shape {list(info.shape)}, the weight {list(expected)}")
+        elif info.shape != weight.shape:
+            problems.append(f"{info.name} has shape {list(info.shape)}, the weight {list(weight.shape)}")
         elif info.dtype not in GROWABLE_DTYPES:
             problems.append(f"{info.name} is stored as {info.dtype}")
     problems += [f"{name} has none" for name in weights.tensors if name not in kinds]

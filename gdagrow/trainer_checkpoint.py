@@ -3,12 +3,13 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
@@ -66,7 +67,7 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
         sources={**weights.sources, _MOMENTS: TorchFileHeader.of(state.path, state.tree)},
         files={**weights.files, **files},
         carried=carried,
-        record=moments_record(planned, moments, schedule, state.beta2),
+        record=moments_record(planned, moments, schedule, _beta2(tree)),
         hints=(*weights.hints, *(_hints(directory) if schedule is Schedule.keep else ())),
     )
 
@@ -87,6 +88,8 @@ def _grown_tree(
         number = known.get(name, known.get(found.source, state.group_of(name, dims[name])))
         if number is not None:
             dealt[number].append(name)
+    for names, stored in zip(dealt, state.groups, strict=True):
+        _put_in_order(names, stored)
     grown: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     count = 0
@@ -105,6 +108,20 @@ def _grown_tree(
         key: _read_leaves(state, value) for key, value in state.tree.items() if key not in ("state", "param_groups")
     }
     return {"state": grown, "param_groups": groups, **rest}, tensors
+
+
+def _put_in_order(names: list[str], stored: Sequence[str]) -> None:
+    """Sort a group's parameters as they are `stored`; one that is new stays behind the one that it follows."""
+    known, place = {name: number for number, name in enumerate(stored)}, -1
+    places = {name: (place := known.get(name, place)) for name in names}
+    names.sort(key=places.__getitem__)
+
+
+def _beta2(tree: Mapping[str, Any]) -> float | None:
+    """How slowly Adam's second moments forget, in the groups where any begin at zero; None where there are none."""
+    begun = (group for group in tree["param_groups"] if not tree["state"].keys() >= set(group["params"]))
+    pairs = [pair for group in begun if isinstance(pair := group.get("betas"), list | tuple) and len(pair) == 2]
+    return max((float(beta2) for _, beta2 in pairs if isinstance(beta2, float | Tensor)), default=None)
 
 
 def _grown_leaf(

@@ -11,9 +11,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.engine import grow_moment
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.growing import grow_checkpoint, prepare_growth
 from gdagrow.recipe import make_recipe
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_distributed_state
 from tests.command import call
 from tests.dcp_ranks import run_jobs
 
@@ -127,3 +129,30 @@ def test_what_is_refused(
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert sentence in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_any_dtype_and_size_are_carried_as_they_are(tmp_path: Path) -> None:
+    """Such as the states of random generators and data loaders."""
+    whole = {code: torch.tensor([1, 0, 2**7 - 1]).to(dtype) for code, dtype in DTYPES.items()
+             if not dtype.is_floating_point}  # fmt: skip
+    others = {"none": torch.empty(0, 3, dtype=torch.int64), "scale": torch.tensor(1.5).to(torch.float8_e4m3fn)}
+    write_checkpoint(tmp_path / "model", dtype=torch.float32)
+    write_distributed_state(tmp_path / "model", tmp_path / "dcp", **whole, **others)
+    grow_checkpoint(tmp_path / "dcp", tmp_path / "grown", make_recipe(RECIPE), config=tmp_path / "model")
+    dcp_to_torch_save(tmp_path / "grown", tmp_path / "plain.pt")
+    state = torch.load(tmp_path / "plain.pt", weights_only=True)
+    for key, tensor in {**whole, **others}.items():
+        assert (state[key].dtype, state[key].tolist()) == (tensor.dtype, tensor.tolist()), key
+
+
+def test_moments_of_what_is_not_stored_are_refused_by_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32, tied=True)
+    for number, name in enumerate(("lm_head.weight", "model.layers.0.self_attn.q_proj.bias")):
+        state = tmp_path / f"dcp-{number}"
+        moments = {"optim.state": {name: {"max_exp_avg_sq": torch.zeros(32)}}}
+        write_distributed_state(tmp_path / "model", state, **moments)
+        with pytest.raises(CheckpointError, match=f"{name}.max_exp_avg_sq is of no weight that is stored"):
+            grow_checkpoint(state, tmp_path / "grown", make_recipe(RECIPE), config=tmp_path / "model")
+    write_distributed_state(tmp_path / "model", tmp_path / "short", average=torch.zeros(3).to(torch.float8_e4m3fn))
+    with pytest.raises(CheckpointError, match=r"1 tensors belong to no parameter of the model .*: average"):
+        grow_checkpoint(tmp_path / "short", tmp_path / "grown", make_recipe(RECIPE), config=tmp_path / "model")

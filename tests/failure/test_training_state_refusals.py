@@ -45,6 +45,24 @@ def unknown_moments(source: Path) -> None:
     change(source, edit)
 
 
+def a_list_of_tensors(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["old_dirs"] = [torch.zeros(61)]
+
+    change(source, edit)
+
+
+def a_number_for_a_moment(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["exp_avg"] = 0.5
+
+    change(source, edit)
+
+
+def no_parameters(source: Path) -> None:
+    torch.save({"state": {}, "param_groups": []}, source / "optimizer.pt")
+
+
 def one_wrong_shape(source: Path) -> None:
     def edit(tree: Any) -> None:
         tree["state"][0]["exp_avg"] = tree["state"][0]["exp_avg"].t().contiguous()
@@ -83,6 +101,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "missing moments": (no_moments, "model.layers.0.self_attn.lambda_q2 has none"),
     "unknown moments": (unknown_moments, "exp_avg_sq_row of model.embed_tokens.weight"),
+    "a list of tensors": (a_list_of_tensors, "old_dirs of model.embed_tokens.weight is none of exp_avg, "),
+    "a number for a moment": (a_number_for_a_moment, "exp_avg of model.embed_tokens.weight is no tensor"),
+    "no parameters": (no_parameters, "expected the state_dict of one torch optimizer"),
     "no optimizer's file": (not_an_optimizer, "expected the state_dict of one torch optimizer"),
     "code": (code, "it was not run"),
     "a schedule alone": (no_optimizer, "has scheduler.pt and no optimizer.pt"),

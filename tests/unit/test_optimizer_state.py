@@ -20,6 +20,10 @@ GROWTH = make_recipe({"signal": 2, "hidden": 3, "ffn": 2, "noise": 2, "kv": 2, "
 Parameters = Iterable[tuple[str, nn.Parameter]]
 
 
+def with_names_backwards(named: Parameters) -> Any:
+    return list(named)[::-1]
+
+
 def all_in_one(named: Parameters) -> Any:
     return [parameter for _, parameter in named]
 
@@ -58,6 +62,7 @@ def matrices(named: Parameters) -> Any:
 OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
     "AdamW in one group": lambda named: torch.optim.AdamW(all_in_one(named), lr=1e-3),
     "AdamW with names": lambda named: torch.optim.AdamW(with_names(named), lr=1e-3),
+    "AdamW with names in an order of its own": lambda named: torch.optim.AdamW(with_names_backwards(named), lr=1e-3),
     "AdamW as transformers deals it out": lambda named: torch.optim.AdamW(as_transformers(named), lr=1e-3, fused=True),
     "AdamW without decay of any norm": lambda named: torch.optim.AdamW(every_norm(named), lr=1e-3),
     "AMSGrad": lambda named: torch.optim.AdamW(matrices_and_the_rest(named), lr=1e-3, amsgrad=True),
@@ -167,6 +172,34 @@ def test_reset_leaves_nothing_but_the_groups(tmp_path: Path) -> None:
         {},
         len(load_model(tmp_path / "grown").state_dict()),
     )
+
+
+def without_betas(groups: list[dict[str, Any]]) -> None:
+    del groups[0]["betas"]
+
+
+def betas_of_tensors(groups: list[dict[str, Any]]) -> None:
+    groups[0]["betas"] = torch.tensor(0.9), torch.tensor(0.75)
+
+
+def betas_of_one(groups: list[dict[str, Any]]) -> None:
+    groups[0]["betas"] = 0.9, 1.0
+
+
+@pytest.mark.parametrize(
+    ("edit", "of_matrices", "of_all"), [(without_betas, 0, 2000), (betas_of_tensors, 8, 2000), (betas_of_one, 0, 0)]
+)
+def test_the_warm_up_is_of_the_groups_whose_moments_begin_at_zero(
+    tmp_path: Path, edit: Callable[[list[dict[str, Any]]], None], of_matrices: int, of_all: int
+) -> None:
+    # Matrices, of which some lose their moments, in the first group and all else in the second.
+    trained(tmp_path / "source", OPTIMIZERS["AMSGrad"], ratio=4, bias=False)
+    tree = torch.load(tmp_path / "source/optimizer.pt", weights_only=True)
+    edit(tree["param_groups"])
+    torch.save(tree, tmp_path / "source/optimizer.pt")
+    for policy, steps in (("auto", of_matrices), ("reset", of_all)):
+        growing = prepare_growth(tmp_path / "source", make_recipe({"noise": 2}), moments=policy)
+        assert growing.output.record["warm_up"]["steps"] == steps
 
 
 def test_the_same_growth_writes_the_same_optimizer_file(tmp_path: Path) -> None:

@@ -48,7 +48,12 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:
         raise CheckpointError(f"{path} is damaged ({_first_line(error)}); restore the file") from None
     size = path.stat().st_size
-    return map_leaves(tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf)
+    try:
+        return map_leaves(
+            tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf
+        )
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply, or in itself; restore the file") from None
 
 
 class TorchFileHeader(Header):

@@ -30,7 +30,7 @@ from gdagrow.moments import (
 from gdagrow.output import WEIGHTS, GrownTensor, Output, grown_weights
 from gdagrow.plan import GrowthPlan
 from gdagrow.rows import GROWABLE_DTYPES
-from gdagrow.trainer_checkpoint import carried_files
+from gdagrow.trainer_checkpoint import files_of_state
 
 STEP: Final = "step"
 
@@ -68,9 +68,11 @@ def dcp_output(plan: GrowthPlan, *, moments: Moments, schedule: Schedule, max_fi
             sources={**output.sources, **grown.sources},
             files={**output.files, **grown.files},
         )
+    files, carried = files_of_state(plan.header.directory, schedule) if state.place else ({}, frozenset())
     return replace(
         output,
-        carried=carried_files(plan.header.directory) if state.place else frozenset(),
+        files={**output.files, **files},
+        carried=carried,
         record=moments_record(planned, moments, schedule, beta2) if state.moments else {},
     )
 

@@ -22,6 +22,8 @@ from gdagrow.rows import GROWABLE_DTYPES, claim
 # How engines deal parameters out to groups: the group of a parameter from its name and its number of dimensions, None
 # for one that the optimizer does not have. The first is transformers' own, from names alone.
 _NO_DECAY: Final = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+# What engines put into a parameter's name: data parallel, torch.compile.
+_WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 Grouping = Callable[[str, int], int | None]
 _GROUPINGS: Final[Sequence[Grouping]] = (
     lambda name, dims: int(bool(_NO_DECAY.search(name))),
@@ -116,7 +118,7 @@ def _candidates(path: Path, tree: Mapping[str, Any], parameters: Mapping[str, Te
     """The ways in which parameters may be dealt out: as the groups themselves say, in their order, if they do."""
     told = [group.get("param_names") for group in tree["param_groups"]]
     if all(isinstance(names, list) for names in told):
-        bare = [[str(name).removeprefix("module.").removeprefix("_orig_mod.") for name in names] for names in told]
+        bare = [[_WRAPPERS.sub("", str(name)) for name in names] for names in told]
         groups = tuple(tuple(name for name in dict.fromkeys(names) if name in parameters) for names in bare)
         group_of = {name: number for number, names in enumerate(groups) for name in names}
         yield OptimizerState(path, tree, groups, lambda name, dims: group_of.get(name))

@@ -59,6 +59,21 @@ def a_number_for_a_moment(source: Path) -> None:
     change(source, edit)
 
 
+def whole_numbers_for_a_moment(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["exp_avg"] = tree["state"][0]["exp_avg"].to(torch.int8)
+
+    change(source, edit)
+
+
+def a_parameter_twice(source: Path) -> None:
+    change(source, lambda tree: tree["param_groups"][0]["params"].__setitem__(1, 0))
+
+
+def moments_of_no_parameter(source: Path) -> None:
+    change(source, lambda tree: tree["state"].update({99: tree["state"][0]}))
+
+
 def no_parameters(source: Path) -> None:
     torch.save({"state": {}, "param_groups": []}, source / "optimizer.pt")
 
@@ -103,6 +118,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown moments": (unknown_moments, "exp_avg_sq_row of model.embed_tokens.weight"),
     "a list of tensors": (a_list_of_tensors, "old_dirs of model.embed_tokens.weight is none of exp_avg, "),
     "a number for a moment": (a_number_for_a_moment, "exp_avg of model.embed_tokens.weight is no tensor"),
+    "whole numbers for a moment": (whole_numbers_for_a_moment, "exp_avg of model.embed_tokens.weight is stored as I8"),
+    "a parameter twice": (a_parameter_twice, "expected the state_dict of one torch optimizer"),
+    "moments of no parameter": (moments_of_no_parameter, "expected the state_dict of one torch optimizer"),
     "no parameters": (no_parameters, "expected the state_dict of one torch optimizer"),
     "no optimizer's file": (not_an_optimizer, "expected the state_dict of one torch optimizer"),
     "code": (code, "it was not run"),

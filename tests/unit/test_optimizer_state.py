@@ -20,6 +20,10 @@ GROWTH = make_recipe({"signal": 2, "hidden": 3, "ffn": 2, "noise": 2, "kv": 2, "
 Parameters = Iterable[tuple[str, nn.Parameter]]
 
 
+def with_names_in_wrappers(named: Parameters) -> Any:
+    return [(f"_orig_mod.module.{name.replace('layers.0.', 'layers.0._orig_mod.')}", p) for name, p in named]
+
+
 def with_names_backwards(named: Parameters) -> Any:
     return list(named)[::-1]
 
@@ -62,6 +66,7 @@ def matrices(named: Parameters) -> Any:
 OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
     "AdamW in one group": lambda named: torch.optim.AdamW(all_in_one(named), lr=1e-3),
     "AdamW with names": lambda named: torch.optim.AdamW(with_names(named), lr=1e-3),
+    "AdamW with names in wrappers": lambda named: torch.optim.AdamW(with_names_in_wrappers(named), lr=1e-3),
     "AdamW with names in an order of its own": lambda named: torch.optim.AdamW(with_names_backwards(named), lr=1e-3),
     "AdamW as transformers deals it out": lambda named: torch.optim.AdamW(as_transformers(named), lr=1e-3, fused=True),
     "AdamW without decay of any norm": lambda named: torch.optim.AdamW(every_norm(named), lr=1e-3),

@@ -93,6 +93,11 @@ def test_a_new_schedule_begins_at_step_0_with_the_rate_of_the_new_run(run: tuple
     grow_checkpoint(out / "checkpoint-3", tmp_path / "grown", make_recipe(EXACT), schedule="restart")
     grown = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", attn_implementation="eager")
     log = train(grown, tmp_path / "goes-on", resume=tmp_path / "grown", learning_rate=RATE / 2, max_steps=4)
+    train(grown, tmp_path / "one-step", resume=tmp_path / "grown", learning_rate=RATE / 2, max_steps=1)
+    before, after = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "grown", tmp_path / "one-step/checkpoint-1")
+    )
+    assert all(torch.equal(after[name], weight) for name, weight in before.items()), "no step at the old rate"
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert [entry["learning_rate"] for entry in log] == pytest.approx([0, RATE / 4, RATE / 2, RATE / 4])
     kept = torch.load(tmp_path / "goes-on" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]

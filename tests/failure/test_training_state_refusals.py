@@ -1,13 +1,19 @@
 """Training states that do not belong, or ask for something else than to be read: one sentence, nothing written."""
 
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from gdagrow.errors import CheckpointError
+from gdagrow.models.gda import load_model
+from gdagrow.train.state_files import read_state
 from tests.checkpoints import write_checkpoint, write_training_state
 from tests.command import call
 
@@ -180,3 +186,16 @@ def test_reset_needs_no_moments_that_can_be_grown(source: Path, capsys: pytest.C
     outcome = call(capsys, "expand", source, source.parent / "grown", "--signal-x2", "--moments", "reset")
     assert (outcome.code, outcome.err) == (0, "")
     assert torch.load(source.parent / "grown/optimizer.pt", weights_only=True)["state"] == {}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_state_with_code_in_a_value_is_refused_before_an_engine_runs_it(source: Path) -> None:
+    weights = load_model(source).state_dict()
+    kept = {name: {"exp_avg": torch.zeros_like(weight)} for name, weight in weights.items()}
+    (source / "model.safetensors").unlink()
+    dcp.save({"model": weights}, checkpoint_id=source / "pytorch_model_fsdp_0", no_dist=True)
+    for value, sentence in ((1e-3, None), (Running(), "'optimizer.lr' asks for more than tensors and plain values")):
+        shutil.rmtree(source / "optimizer_0", ignore_errors=True)
+        dcp.save({"optimizer": {"state": kept, "lr": value}}, checkpoint_id=source / "optimizer_0", no_dist=True)
+        with nullcontext() if sentence is None else pytest.raises(CheckpointError, match=sentence):
+            assert len(read_state(source).tensors) == len(weights)

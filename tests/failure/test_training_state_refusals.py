@@ -174,6 +174,25 @@ def test_a_schedule_that_is_not_understood_cannot_restart(source: Path, capsys: 
     assert call(capsys, "expand", source, source.parent / "grown", "--signal-x2").code == 0
 
 
+@pytest.mark.parametrize("file", ["scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("schedule", ["keep", "restart"])
+def test_links_to_files_of_a_run_do_not_lead_out(
+    source: Path, capsys: pytest.CaptureFixture[str], file: str, schedule: str
+) -> None:
+    os.replace(source / file, source.parent / file)
+    (source / file).symlink_to(source.parent / file)
+    outcome = call(capsys, "expand", source, source.parent / "grown", "--signal-x2", "--schedule", schedule)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"{file} is a link that leads out of its checkpoint directory" in outcome.err
+
+
+def test_what_else_an_optimizer_saves_is_carried(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"scale": torch.tensor(3.0), "names": ["a"]}
+    change(source, lambda tree: tree.update(more=more))
+    assert call(capsys, "expand", source, source.parent / "grown", "--signal-x2").code == 0
+    assert torch.load(source.parent / "grown/optimizer.pt", weights_only=True)["more"] == more
+
+
 def test_a_run_at_its_last_step_is_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (source / "trainer_state.json").write_text('{"global_step": 10, "max_steps": 10, "loss": NaN}')
     outcome = call(capsys, "plan", source, "--signal-x2")

@@ -134,6 +134,12 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
             packed.writestr(record.filename, archive.read(record), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match=r"packed.pt is compressed"):
         read_torch_file(tmp_path / "packed.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as archive, zipfile.ZipFile(tmp_path / "big.pt", "w") as big:
+        for record in archive.infolist():
+            octets = b"big" if record.filename.endswith("/byteorder") else archive.read(record)
+            big.writestr(record.filename, octets)
+    with pytest.raises(CheckpointError, match="on a big-endian machine"):
+        read_torch_file(tmp_path / "big.pt")
     with pytest.raises(CheckpointError, match="cannot be read \\(No such file"):
         read_torch_file(tmp_path / "missing.pt")
     for stop in (0, 100, len(content) // 2, len(content) - 1):

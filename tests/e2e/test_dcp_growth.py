@@ -156,3 +156,30 @@ def test_moments_of_what_is_not_stored_are_refused_by_name(tmp_path: Path) -> No
     write_distributed_state(tmp_path / "model", tmp_path / "short", average=torch.zeros(3).to(torch.float8_e4m3fn))
     with pytest.raises(CheckpointError, match=r"1 tensors belong to no parameter of the model .*: average"):
         grow_checkpoint(tmp_path / "short", tmp_path / "grown", make_recipe(RECIPE), config=tmp_path / "model")
+
+
+NORM = "model.norm.weight"
+WRONG: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "none": ({}, f"{NORM} has none"),
+    "of another shape": ({"exp_avg": torch.zeros(64)}, f"{NORM}.exp_avg has shape [64], the weight [32]"),
+    "of whole numbers": ({"exp_avg": torch.zeros(32, dtype=torch.int8)}, f"{NORM}.exp_avg is stored as I8"),
+    "of another kind": ({"exp_avg_sq_row": torch.zeros(2)}, f"{NORM}.exp_avg_sq_row is none of exp_avg, "),
+}
+
+
+@pytest.mark.parametrize(("kept", "sentence"), WRONG.values(), ids=list(WRONG))
+def test_moments_that_do_not_fit_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: dict[str, torch.Tensor], sentence: str
+) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32, hidden=32)
+    write_distributed_state(tmp_path / "model", tmp_path / "dcp", moments={NORM: kept})
+    words = (tmp_path / "dcp", tmp_path / "grown", "--signal-x2", "--config", tmp_path / "model")
+    outcome = call(capsys, "expand", *words)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert sentence in outcome.err
+    assert not (tmp_path / "grown").exists()
+    reset = call(capsys, "expand", *words, "--moments", "reset")
+    if "exp_avg_sq_row" in kept:
+        assert "exp_avg_sq_row cannot be reset" in reset.err
+    else:
+        assert reset.code == 0, reset

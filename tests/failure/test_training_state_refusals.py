@@ -218,3 +218,12 @@ def test_a_sharded_state_with_code_in_a_value_is_refused_before_an_engine_runs_i
         dcp.save({"optimizer": {"state": kept, "lr": value}}, checkpoint_id=source / "optimizer_0", no_dist=True)
         with nullcontext() if sentence is None else pytest.raises(CheckpointError, match=sentence):
             assert len(read_state(source).tensors) == len(weights)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_weights_with_a_schedule_alone(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dcp.save({"model": load_model(source).state_dict()}, checkpoint_id=source / "pytorch_model_fsdp_0", no_dist=True)
+    (source / "model.safetensors").unlink()
+    outcome = call(capsys, "plan", source, "--signal-x2")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "has scheduler.pt and no optimizer_0" in outcome.err

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -183,3 +184,19 @@ def test_moments_that_do_not_fit_are_refused_before_anything_is_written(
         assert "exp_avg_sq_row cannot be reset" in reset.err
     else:
         assert reset.code == 0, reset
+
+
+def test_tied_weights_alone_whose_head_differs_or_is_untied(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32, tied=True)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    for name, head in (("whole", {}), ("torn", {"lm_head.weight": embedding + 1})):
+        dcp.save({"model": {**weights, **head}}, checkpoint_id=tmp_path / name, no_dist=True)
+    untied = make_recipe({"embeddings": "untie", "exact_copies": True, "hidden": 2})
+    with pytest.raises(CheckpointError, match=r"'model.lm_head.weight' and 'model.model.embed_tokens.weight' differ"):
+        grow_checkpoint(tmp_path / "torn", tmp_path / "grown", untied, config=tmp_path / "model")
+    grow_checkpoint(tmp_path / "whole", tmp_path / "grown", untied, config=tmp_path / "model")
+    dcp_to_torch_save(tmp_path / "grown", tmp_path / "plain.pt")
+    grown = torch.load(tmp_path / "plain.pt", weights_only=True)["model"]
+    assert torch.equal(grown["lm_head.weight"], (embedding / 2).repeat(1, 2))
+    assert torch.equal(grown["model.embed_tokens.weight"], embedding.repeat(1, 2))

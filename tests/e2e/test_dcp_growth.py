@@ -186,6 +186,7 @@ def test_moments_that_do_not_fit_are_refused_before_anything_is_written(
         assert reset.code == 0, reset
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_tied_weights_alone_whose_head_differs_or_is_untied(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", dtype=torch.float32, tied=True)
     weights = load_file(tmp_path / "model" / "model.safetensors")

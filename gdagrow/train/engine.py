@@ -17,7 +17,7 @@ from gdagrow.train.dry_run import shares_of
 from gdagrow.train.muon import MuonAndAdamW
 from gdagrow.train.processes import on_cpu
 from gdagrow.train.recipe import TrainRecipe
-from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory
+from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory, writing
 from gdagrow.train.schedule import learning_rate_factor
 from gdagrow.train.sharded import load_sharded, load_whole_optimizer
 
@@ -180,6 +180,10 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = checkpoint_name(self.state.global_step)
+        with writing(self._run, name):
+            self._save_whole(name, model, trial)
+
+    def _save_whole(self, name: str, model: nn.Module, trial: Any) -> None:
         written = saving_directory(self._run) / name
         if self.args.should_save:
             shutil.rmtree(written, ignore_errors=True)

@@ -88,7 +88,7 @@ def _require_optimizer(path: Path, tree: Any) -> None:
     try:
         numbers = [number for group in tree["param_groups"] for number in group["params"]]
         right = all(isinstance(kept, dict) for kept in tree["state"].values()) and tree["state"].keys() <= set(numbers)
-        right = right and len(set(numbers)) == len(numbers)
+        right = right and len(set(numbers)) == len(numbers) > 0
     except (TypeError, KeyError, AttributeError):
         right = False
     if not right:
@@ -151,10 +151,14 @@ def _misshapen(state: OptimizerState, parameters: Mapping[str, TensorInfo]) -> l
 
 
 def _require_moments(state: OptimizerState) -> None:
-    problems = []
-    for name, kept in state.by_name.items():
+    problems, by_name = [], state.by_name
+    # What an optimizer keeps, it keeps for all parameters of a group.
+    expected = {name: {key for each in group for key in by_name[each]} for group in state.groups for name in group}
+    for name, kept in by_name.items():
         if not kept:
             problems.append(f"{name} has none")
+        else:
+            problems += [f"{name} has no {key}" for key in sorted(expected[name] - kept.keys())]
         for key, leaf in kept.items():
             if not isinstance(leaf, TensorInfo) or (leaf.num_elements == 1 and key not in POWERS):
                 continue

@@ -78,19 +78,23 @@ def read_dcp(directory: Path, config: Path | None = None, place: str = "") -> Dc
         CheckpointError: the metadata is damaged or unsafe (see `read_metadata`), there is no config, or a tensor is
             no weight or moment of the model that the config describes (all of them are named).
     """
+    return read_described(directory, read_config(directory, config), place)
+
+
+def read_described(directory: Path, config: Mapping[str, Any], place: str = "") -> DcpHeader:
+    """Read a DCP directory's metadata as `read_dcp` does; `config` is what the model's `config.json` says."""
     stored = read_metadata(directory / place)
-    values = read_config(directory, config)
-    architecture = architecture_of(values)
-    names = name_keys(stored, _parameters(architecture, values))
+    architecture = architecture_of(config)
+    names = name_keys(stored, _parameters(architecture, config))
     tensors = {name: _info(stored.tensors[key], name) for name, key in names.weights.items()}
     head = None
-    if architecture.is_tied(values) and architecture.head in tensors:
+    if architecture.is_tied(config) and architecture.head in tensors:
         head = names.weights[architecture.head]
         _require_same_form(stored, head, names.weights.get(architecture.embedding))
         del tensors[architecture.head]
     moments = {place: _info(stored.tensors[key], key) for place, key in names.moments.items()}
     return DcpHeader(
-        directory, values, tensors, {}, dcp=stored, names=names, moments=moments, tied_head=head, place=place
+        directory, config, tensors, {}, dcp=stored, names=names, moments=moments, tied_head=head, place=place
     )
 
 

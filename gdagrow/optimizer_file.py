@@ -151,10 +151,14 @@ def _misshapen(state: OptimizerState, parameters: Mapping[str, TensorInfo]) -> l
 
 
 def _require_moments(state: OptimizerState) -> None:
-    problems = []
-    for name, kept in state.by_name.items():
+    problems, by_name = [], state.by_name
+    # What an optimizer keeps, it keeps for all parameters of a group.
+    expected = {name: {key for each in group for key in by_name[each]} for group in state.groups for name in group}
+    for name, kept in by_name.items():
         if not kept:
             problems.append(f"{name} has none")
+        else:
+            problems += [f"{name} has no {key}" for key in sorted(expected[name] - kept.keys())]
         for key, leaf in kept.items():
             if key not in POWERS:
                 if not _is_number(leaf):

@@ -171,5 +171,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split()[:40])
         raise RecipeError(f"recipe {path}: not YAML: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RecipeError(f"recipe {path}: expected a mapping such as 'signal: 2', got {type(values).__name__}")
+        raise RecipeError(
+            f"recipe {path}: expected keys with values, such as 'signal: 2' for a growth, got {type(values).__name__}"
+        )
     return values

@@ -32,8 +32,8 @@ def run_training(
         raise TrainError("--resume goes on with a run and --restart begins it anew; give one of them")
     recipe, run = read_train_recipe(recipe_file), out or Path(recipe_file.stem)
     is_first = os.environ.get("RANK", "0") == "0"
-    train = _imported()
     try:
+        train = _imported()
         with _shown(recipe, shown=is_first and not as_json and not quiet) as watcher:
             finished = train(recipe, run, resume=resume, restart=restart, watcher=watcher)
     except Stopped as stopped:

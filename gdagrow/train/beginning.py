@@ -1,5 +1,6 @@
 """The beginning of a run: what lies in its directory, and whether the recipe may go on with it."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gdagrow.train.run_directory import (
     is_begun,
     last_state,
     remove_unfinished,
+    writing,
 )
 
 
@@ -61,7 +63,10 @@ def _done(recipe: TrainRecipe, last: RunState) -> list[MidRunGrowth]:
 def _write_recipe(recipe: TrainRecipe, path: Path) -> None:
     from ruamel.yaml import YAML
 
-    with path.open("w", encoding="utf-8") as file:
-        writer = YAML(typ="safe", pure=True)
-        writer.default_flow_style = False
-        writer.dump(recipe.as_dict(), file)
+    replacement = path.with_name(f".{path.name}")  # a run killed in the midst of it has a recipe still
+    with writing(path.parent, RECIPE_FILE):
+        with replacement.open("w", encoding="utf-8") as file:
+            writer = YAML(typ="safe", pure=True)
+            writer.default_flow_style = False
+            writer.dump(recipe.as_dict(), file)
+        os.replace(replacement, path)

@@ -183,10 +183,10 @@ def _tokenised(
             rows = _rows(path, source.text_key) if path.suffix in (".jsonl", ".parquet") else None
             for ids in _encoded(encode, _pieces(path) if rows is None else rows, end if rows is not None else end[:0]):
                 _require_known(ids, vocab, path, source.tokenizer)
-                ids.astype(dtype).tofile(file)
+                file.write(ids.astype(dtype).data)  # tofile loses what the disk refuses last
                 num_tokens += len(ids)
             if rows is None:
-                end.tofile(file)
+                file.write(end.data)
                 num_tokens += len(end)
     return TokenFile(target, dtype.name, 0, num_tokens)
 

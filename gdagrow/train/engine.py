@@ -17,7 +17,7 @@ from gdagrow.train.dry_run import shares_of
 from gdagrow.train.muon import MuonAndAdamW
 from gdagrow.train.processes import on_cpu
 from gdagrow.train.recipe import TrainRecipe
-from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory
+from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory, writing
 from gdagrow.train.schedule import learning_rate_factor
 from gdagrow.train.sharded import load_sharded, load_whole_optimizer
 
@@ -86,7 +86,10 @@ class RunTrainer(Trainer):
     def __init__(
         self, recipe: TrainRecipe, run: Path, record_in: Path | None, model: PreTrainedModel, **given: Any
     ) -> None:
-        self._recipe, self._run, self._record_in, self._trained = recipe, run, record_in, model
+        self._recipe, self._run, self._trained = recipe, run, model
+        record = record_in and record_in / RECORD_FILE
+        # Read now: a run that keeps its last states alone removes the one that it goes on from.
+        self._record = record.read_bytes() if record and record.exists() else None
         self._is_saving = False
         super().__init__(model=model, **given)
 
@@ -177,6 +180,10 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = checkpoint_name(self.state.global_step)
+        with writing(self._run, name):
+            self._save_whole(name, model, trial)
+
+    def _save_whole(self, name: str, model: nn.Module, trial: Any) -> None:
         written = saving_directory(self._run) / name
         if self.args.should_save:
             shutil.rmtree(written, ignore_errors=True)
@@ -189,8 +196,8 @@ class RunTrainer(Trainer):
         self._wait()
         if self.args.should_save:
             self._trained.config.save_pretrained(written)  # beside shards too, since growth needs it
-            if self._record_in is not None and (self._record_in / RECORD_FILE).exists():
-                shutil.copyfile(self._record_in / RECORD_FILE, written / RECORD_FILE)
+            if self._record is not None:
+                (written / RECORD_FILE).write_bytes(self._record)
             (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, of settings that the recipe has
             publish(self._run, name)
             keep_last(self._run, self._recipe.keep)

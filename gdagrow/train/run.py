@@ -39,6 +39,7 @@ from gdagrow.train.run_directory import (
     publish,
     remove_unfinished,
     saving_directory,
+    writing,
 )
 from gdagrow.train.state_files import make_model, read_state
 
@@ -87,8 +88,9 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
             require_files(recipe.data)
         begin(recipe, run, resume=resume, restart=restart)
         if not (run / TOKENS).exists():
-            prepare_tokens(recipe.data, saving_directory(run) / TOKENS, vocab, start.config.get("eos_token_id"))
-            publish(run, TOKENS)
+            with writing(run, TOKENS):
+                prepare_tokens(recipe.data, saving_directory(run) / TOKENS, vocab, start.config.get("eos_token_id"))
+                publish(run, TOKENS)
     processes.wait()
     training, held_out = open_tokens(recipe.data, run / TOKENS, recipe.context_length, vocab)
     if len(training) < recipe.batch_size:
@@ -121,7 +123,8 @@ class _Run:
         """Train and grow until all steps are done, and publish the model."""
         state = last_state(self._run)
         if self._processes.is_first:
-            self._metrics = MetricsFile(self._run / METRICS_FILE, state.step if state else 0)
+            with writing(self._run, METRICS_FILE):
+                self._metrics = MetricsFile(self._run / METRICS_FILE, state.step if state else 0)
         while state is None or state.step < self._recipe.steps:
             due = next((growth for growth in self._recipe.growth if state and growth.at == state.step), None)
             if due is not None and state is not None and not state.grown:
@@ -139,11 +142,12 @@ class _Run:
         name = grown_name(state.step)
         if self._processes.is_first:
             target = saving_directory(self._run) / name
-            target.parent.mkdir(exist_ok=True)
-            # The schedule is a function of the step here, so a state never needs to begin another one.
-            grow_checkpoint(state.directory, target, growth.expand, moments=growth.moments, schedule="keep")
-            publish(self._run, name)
-            keep_last(self._run, self._recipe.keep)
+            with writing(self._run, name):
+                target.parent.mkdir(exist_ok=True)
+                # The schedule is a function of the step here, so a state never needs to begin another one.
+                grow_checkpoint(state.directory, target, growth.expand, moments=growth.moments, schedule="keep")
+                publish(self._run, name)
+                keep_last(self._run, self._recipe.keep)
         self._processes.wait()
         return RunState(state.step, True, self._run / name)
 
@@ -204,9 +208,10 @@ class _Run:
     def _publish_model(self, state: Path) -> None:
         target = saving_directory(self._run) / MODEL
         shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        make_model(self._recipe, state, target)
-        publish(self._run, MODEL)
+        with writing(self._run, MODEL):
+            target.parent.mkdir(exist_ok=True)
+            make_model(self._recipe, state, target)
+            publish(self._run, MODEL)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._latest |= {key: line[key] for key in ("loss", "eval_loss") if key in line}

@@ -11,9 +11,13 @@ tokens          the text as tokens
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from gdagrow.errors import GdagrowError, TrainError
 
 RECIPE_FILE: Final = "recipe.yaml"
 METRICS_FILE: Final = "metrics.jsonl"
@@ -23,6 +27,8 @@ TOKENS: Final = "tokens"
 _STATE: Final = re.compile(r"(checkpoint|grown)-(0|[1-9]\d{0,14})")
 _SAVING: Final = ".saving"
 _OURS: Final = (RECIPE_FILE, METRICS_FILE, MODEL, TOKENS, _SAVING)
+# What the writers of torch and safetensors say when a disk refuses; neither raises an OSError.
+_REFUSED: Final = re.compile(r"inline_container|PytorchStreamWriter|I/O error|os error", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
@@ -102,6 +108,28 @@ def keep_last(run: Path, count: int) -> None:
         doomed.parent.mkdir(exist_ok=True)
         os.rename(state.directory, doomed)
         shutil.rmtree(doomed)
+
+
+@contextmanager
+def writing(run: Path, what: str) -> Iterator[None]:
+    """Say it when the disk refuses something of a run, whichever library was writing.
+
+    Raises:
+        TrainError: it does.
+    """
+    try:
+        yield
+    except GdagrowError:
+        raise
+    except BaseException as error:  # torch's error of a distributed save is no Exception
+        if not (isinstance(error, OSError) or _REFUSED.search(str(error))):
+            raise
+        free = shutil.disk_usage(run).free
+        reason = (isinstance(error, OSError) and error.strerror) or "the disk took only a part of it"
+        raise TrainError(
+            f"{what} cannot be written in {run} ({reason}; {free:,} bytes free); free some space and go on with "
+            "--resume"
+        ) from None
 
 
 def _sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -223,6 +224,29 @@ def test_a_state_that_is_not_of_this_run_is_refused_before_the_engine_has_it(
     assert outcome.code == 2
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("room", "told"), [(5_000, "tokens"), (100_000, "checkpoint-4"), (250_000, "checkpoint-4")],
+    ids=["tokens", "weights", "optimizer"],
+)  # fmt: skip
+def test_a_disk_that_takes_only_a_part_is_told(
+    room: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens, weights and moments are written by numpy, safetensors and torch, whose errors have nothing in common."""
+    data = {"train": "{stdlib}/bisect.py", "held_out": 0.1}
+    recipe = write_recipe(tmp_path / "r.yaml", steps=4, data=data)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        outcome = call(capsys, "train", recipe, "--out", tmp_path / "run", "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {told} cannot be written in {tmp_path / 'run'} (")
+    assert outcome.err.endswith(" bytes free); free some space and go on with --resume\n")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert call(capsys, "train", recipe, "--out", tmp_path / "run", "--resume", "--quiet").code == 0
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,16 @@ def test_the_model_tells_its_history(grown: Path) -> None:
     assert [growth["recipe"] for growth in [*record["history"], record]] == [{"signal": 2}, {"hidden": 2, "ffn": 2}]
 
 
+def test_a_state_that_is_no_longer_kept_leaves_its_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    growth = [{"at": 2, "expand": {"signal": 2}}]
+    recipe = write_recipe(tmp_path / "r.yaml", steps=6, growth=growth, save_every=1, keep=1)
+    assert call(capsys, "train", recipe, "--out", tmp_path / "run", "--quiet").code == 0
+    assert [name for name in names(tmp_path / "run") if "-" in name] == ["checkpoint-6"]
+    for state in ("checkpoint-6", "model"):
+        (record,) = read_record(tmp_path / "run" / state)
+        assert record["recipe"] == {"signal": 2}
+
+
 @pytest.mark.parametrize("last", ["checkpoint-4", "grown-4", "checkpoint-6", "checkpoint-8"])
 def test_a_run_killed_anywhere_goes_on_to_the_same_figures(
     last: str, grown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -135,6 +135,23 @@ def test_two_processes_have_the_losses_of_one(sharded: Path, whole: Path) -> Non
     assert set(names(whole / "model")) - set(names(sharded / "model")) == {"generation_config.json"}
 
 
+def test_a_state_without_a_config_is_grown_with_that_of_the_model(
+    sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = shutil.copytree(sharded / "checkpoint-4", tmp_path / "state")
+    (state / "config.json").unlink()
+    assert call(capsys, "expand", state, tmp_path / "refused", "--signal-x2").code == 2
+    given = ("--config", sharded / "checkpoint-4")
+    outcome = call(capsys, "expand", state, tmp_path / "grown", "--signal-x2", *given, "--quiet")
+    assert (outcome.code, outcome.err) == (0, "")
+    call(capsys, "expand", sharded / "checkpoint-4", tmp_path / "expected", "--signal-x2", "--quiet")
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        files = names(tmp_path / "expected" / part)
+        assert names(tmp_path / "grown" / part) == files
+        assert all((tmp_path / "grown" / part / file).read_bytes() == (tmp_path / "expected" / part / file).read_bytes()
+                   for file in files)  # fmt: skip
+
+
 def test_the_loss_is_the_same_right_after_a_growth_of_parts(sharded: Path) -> None:
     before, after = (line["eval_loss"] for line in lines(sharded) if line["step"] == 6 and "eval_loss" in line)
     assert after == pytest.approx(before, rel=1e-6)

@@ -44,6 +44,18 @@ def no_moments(source: Path) -> None:
     change(source, lambda tree: tree["state"].pop(3))
 
 
+def one_moment_less(source: Path) -> None:
+    change(source, lambda tree: tree["state"][3].pop("exp_avg_sq"))
+
+
+def no_step(source: Path) -> None:
+    change(source, lambda tree: tree["state"][3].pop("step"))
+
+
+def no_groups(source: Path) -> None:
+    torch.save({"state": {}, "param_groups": []}, source / "optimizer.pt")
+
+
 def unknown_moments(source: Path) -> None:
     def edit(tree: Any) -> None:
         tree["state"][0]["exp_avg_sq_row"] = torch.zeros(61)
@@ -121,6 +133,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "exp_avg of model.embed_tokens.weight has shape [32, 61], the ",
     ),
     "missing moments": (no_moments, "model.layers.0.self_attn.lambda_q2 has none"),
+    "a moment less": (one_moment_less, "model.layers.0.self_attn.lambda_q2 has no exp_avg_sq"),
+    "no step count": (no_step, "model.layers.0.self_attn.lambda_q2 has no step"),
+    "no groups": (no_groups, "expected the state_dict of one torch optimizer"),
     "unknown moments": (unknown_moments, "exp_avg_sq_row of model.embed_tokens.weight"),
     "a list of tensors": (a_list_of_tensors, "old_dirs of model.embed_tokens.weight is none of exp_avg, "),
     "a number for a moment": (a_number_for_a_moment, "exp_avg of model.embed_tokens.weight is no tensor"),

@@ -189,9 +189,9 @@ def test_yes_is_no_factor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "expected a mapping such as 'signal: 2', got NoneType"),
-        (b"- signal", "expected a mapping such as 'signal: 2', got list"),
-        (b"2: 3", "expected a mapping such as 'signal: 2', got dict"),
+        (b"", "expected keys with values, such as 'signal: 2' for a growth, got NoneType"),
+        (b"- signal", "expected keys with values, such as 'signal: 2' for a growth, got list"),
+        (b"2: 3", "expected keys with values, such as 'signal: 2' for a growth, got dict"),
         (b"\xff\xfe\x00", "cannot be read: not UTF-8 text"),
         (b"signal: [", "not YAML: while parsing a flow node expected the node content, but found '<stream end>'"),
         (b"signal: 2\nsignal: 3\n", "not YAML: while constructing a mapping"),

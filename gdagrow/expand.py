@@ -11,7 +11,6 @@ from pathlib import Path
 from threading import Event
 from typing import Final
 
-from gdagrow.errors import OutputError
 from gdagrow.formats.file_writer import FileWriter
 from gdagrow.formats.publish import (
     Companions,
@@ -20,6 +19,7 @@ from gdagrow.formats.publish import (
     list_companions,
     require_apart,
     staged,
+    write_file,
 )
 from gdagrow.output import Output
 from gdagrow.plan import GrowthPlan
@@ -73,10 +73,10 @@ def expand(plan: GrowthPlan, target: Path, output: Output, *, progress: Progress
             companions = copy_companions(source, partial, output.carried)
             written = _write_tensors(plan, output, partial, progress)
             record = growth_record(plan, read=read.result(), written=written, history=history, state=output.record)
-            _write(partial / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
-            _write(partial / RECORD_FILE, record_text(record))
+            write_file(partial / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+            write_file(partial / RECORD_FILE, record_text(record))
             for name, content in output.files.items():
-                _write(partial / name, content)
+                write_file(partial / name, content)
         finally:
             stop.set()
     return Expansion(target, written, companions)
@@ -112,14 +112,3 @@ def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, Fi
                 num_bytes += count
         digests[name] = FileDigest(num_bytes, digest.hexdigest())
     return digests
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    if isinstance(content, str):
-        # A name that is no UTF-8 has half surrogate pairs in it, whose escapes in Python and in JSON are the same.
-        content = content.encode("utf-8", "backslashreplace")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); free or choose another place") from None

@@ -12,7 +12,14 @@ import gdagrow
 from gdagrow.archs import architecture_of
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import check_free_space, copy_companions, list_companions, require_apart, staged
+from gdagrow.formats.publish import (
+    check_free_space,
+    copy_companions,
+    list_companions,
+    require_apart,
+    staged,
+    write_file,
+)
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
@@ -79,10 +86,10 @@ def export(header: Header, target: Path, *, with_code: bool, progress: Callable[
             _copy(source, partial, name, progress if name in weights else None)
         code = {_flat(path): _relative(_source_of(path)) for path in _CODE} if with_code else {}
         for name, text in code.items():
-            _write(partial / name, text.encode())
+            write_file(partial / name, text.encode())
         if with_code:
             config = {**header.config, "auto_map": _AUTO_MAP}
-            _write(partial / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            write_file(partial / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
             _copy(source, partial, "config.json", None)
     left_behind = tuple(skip.path for skip in companions.skipped if skip.reason.startswith("training state"))
@@ -132,10 +139,3 @@ def _copy(source: Path, destination: Path, name: str, progress: Callable[[int], 
                     progress(count)
     except OSError as error:
         raise OutputError(f"{real} cannot be copied to {destination} ({error.strerror}); check both") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); free or choose another place") from None

@@ -25,6 +25,7 @@ from gdagrow.formats.publish import (
     list_companions,
     require_apart,
     staged,
+    write_file,
 )
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
@@ -139,7 +140,7 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
         for layout in conversion.layouts:
             _write_tensors(reader, layout, conversion.tensors, partial, progress)
         for name, content in conversion.files.items():
-            _write(partial / name, content)
+            write_file(partial / name, content)
     own = {CONFIG, RECORD_FILE, INDEX_FILE, METADATA_FILE, *conversion.header.shards}
     # Nothing is grown here: of the reason, only what the file is.
     skipped = tuple(SkippedFile(skip.path, skip.reason.partition(",")[0])
@@ -217,10 +218,3 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise OutputError(f"{source} cannot be copied to {target} ({error.strerror}); check both") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); free or choose another place") from None

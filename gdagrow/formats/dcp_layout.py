@@ -16,7 +16,7 @@ import torch
 
 from gdagrow.formats.dcp_blob import locate
 from gdagrow.formats.dcp_metadata import Blob, Chunk, StoredTensor
-from gdagrow.formats.file_layout import FileLayout, TargetTensor
+from gdagrow.formats.file_layout import FileLayout, TargetTensor, by_file
 from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.header import ITEM_BYTES
 
@@ -52,18 +52,10 @@ def plan_dcp(
         max_file_bytes: The largest file, but for the bytes around tensors.
         max_chunk_bytes: The largest chunk, unless a single row is larger.
     """
-    groups: list[list[TargetTensor]] = [[]]
-    group_bytes = 0
-    for tensor in tensors:
-        if groups[-1] and group_bytes + tensor.num_bytes > max_file_bytes:
-            groups.append([])
-            group_bytes = 0
-        groups[-1].append(tensor)
-        group_bytes += tensor.num_bytes
     places: dict[str, Blob] = {}
     stored: list[StoredTensor] = []
     files = []
-    for number, group in enumerate(groups):
+    for number, group in enumerate(by_file(tensors, max_file_bytes)):
         file = _GrowingFile(f"__0_{number}.distcp", max_chunk_bytes)
         if number == 0:
             places |= {key: file.add_blob(octets) for key, octets in blobs.items()}

@@ -1,5 +1,6 @@
 """One file to be written: its tensors one after another, and the bytes of its format before, between and after them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -39,3 +40,16 @@ class FileLayout:
     @property
     def file_bytes(self) -> int:
         return self.data_bytes + sum(len(octets) for _, octets in self.literals)
+
+
+def by_file(tensors: Iterable[TargetTensor], max_file_bytes: int) -> list[list[TargetTensor]]:
+    """Deal tensors out to files in the order given, at most `max_file_bytes` to each; a larger one has its own."""
+    groups: list[list[TargetTensor]] = [[]]
+    group_bytes = 0
+    for tensor in tensors:
+        if groups[-1] and group_bytes + tensor.num_bytes > max_file_bytes:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(tensor)
+        group_bytes += tensor.num_bytes
+    return groups

@@ -168,6 +168,18 @@ def check_free_space(parent: Path, num_bytes: int) -> None:
         )
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a small file; raises OutputError if the disk refuses."""
+    if isinstance(content, str):
+        # A name that is no UTF-8 has half surrogate pairs in it, whose escapes in Python and in JSON are the same.
+        content = content.encode("utf-8", "backslashreplace")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}); free or choose another place") from None
+
+
 def require_apart(source: Path, target: Path) -> None:
     """Raise OutputError if `target` lies in `source`, however either is written."""
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from gdagrow.errors import OutputError
-from gdagrow.formats.file_layout import FileLayout, TargetTensor
+from gdagrow.formats.file_layout import FileLayout, TargetTensor, by_file
 from gdagrow.formats.safetensors_header import MAX_HEADER_BYTES, SINGLE_FILE
 from gdagrow.header import ITEM_BYTES
 
@@ -21,14 +21,7 @@ def plan_shards(
         OutputError: a shard would hold more tensors than a safetensors header can name, or one with a name that stands
             there already, such as the format's own `__metadata__`.
     """
-    groups: list[list[TargetTensor]] = [[]]
-    group_bytes = 0
-    for tensor in tensors:
-        if groups[-1] and group_bytes + tensor.num_bytes > max_shard_bytes:
-            groups.append([])
-            group_bytes = 0
-        groups[-1].append(tensor)
-        group_bytes += tensor.num_bytes
+    groups = by_file(tensors, max_shard_bytes)
     count = len(groups)
     names = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     texts = {"format": "pt", **(metadata or {})}

@@ -30,7 +30,7 @@ from gdagrow.moments import (
 from gdagrow.output import WEIGHTS, GrownTensor, Output, grown_weights
 from gdagrow.plan import GrowthPlan
 from gdagrow.rows import GROWABLE_DTYPES
-from gdagrow.trainer_checkpoint import carried_files
+from gdagrow.trainer_checkpoint import files_of_state
 
 STEP: Final = "step"
 
@@ -68,9 +68,11 @@ def dcp_output(plan: GrowthPlan, *, moments: Moments, schedule: Schedule, max_fi
             sources={**output.sources, **grown.sources},
             files={**output.files, **grown.files},
         )
+    files, carried = files_of_state(plan.header.directory, schedule) if state.place else ({}, frozenset())
     return replace(
         output,
-        carried=carried_files(plan.header.directory) if state.place else frozenset(),
+        files={**output.files, **files},
+        carried=carried,
         record=moments_record(planned, moments, schedule, beta2) if state.moments else {},
     )
 
@@ -123,12 +125,14 @@ def _require_moments(weights: Header, state: DcpHeader) -> None:
     problems = []
     for (name, kind), info in state.moments.items():
         kinds.setdefault(name, set()).add(kind)
-        expected = weights.tensors[name].shape
-        if kind not in POWERS:
+        weight = weights.tensors.get(name)
+        if weight is None:
+            problems.append(f"{info.name} is of no weight that is stored")
+        elif kind not in POWERS:
             if info.num_elements != 1:
                 problems.append(f"{info.name} is none of {', '.join(POWERS)}")
-        elif info.shape != expected:
-            problems.append(f"{info.name} has shape {list(info.shape)}, the weight {list(expected)}")
+        elif info.shape != weight.shape:
+            problems.append(f"{info.name} has shape {list(info.shape)}, the weight {list(weight.shape)}")
         elif info.dtype not in GROWABLE_DTYPES:
             problems.append(f"{info.name} is stored as {info.dtype}")
     problems += [f"{name} has none" for name in weights.tensors if name not in kinds]

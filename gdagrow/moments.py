@@ -109,6 +109,6 @@ def warm_up(beta2: float | None) -> dict[str, Any]:
 
     Source: Ma and Yarats, On the adequacy of untuned warmup for adaptive optimization (arXiv:1910.04209).
     """
-    if beta2 is None:
+    if beta2 is None or not 0 <= beta2 < 1:
         return {"steps": 0, "because": "no beta2 was found, so no second moments that a warm-up would wait for"}
     return {"steps": round(2 / (1 - beta2)), "because": f"moments begin at zero: 2 / (1 - {beta2:g})"}

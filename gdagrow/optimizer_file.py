@@ -6,7 +6,7 @@ wrong shape corrupt memory in a fused optimizer.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,8 @@ from gdagrow.rows import GROWABLE_DTYPES, claim
 # How engines deal parameters out to groups: the group of a parameter from its name and its number of dimensions, None
 # for one that the optimizer does not have. The first is transformers' own, from names alone.
 _NO_DECAY: Final = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+# What engines put into a parameter's name: data parallel, torch.compile.
+_WRAPPERS: Final = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 Grouping = Callable[[str, int], int | None]
 _GROUPINGS: Final[Sequence[Grouping]] = (
     lambda name, dims: int(bool(_NO_DECAY.search(name))),
@@ -47,12 +49,6 @@ class OptimizerState:
     tree: Mapping[str, Any]
     groups: tuple[tuple[str, ...], ...]
     group_of: Grouping
-
-    @property
-    def beta2(self) -> float | None:
-        """How slowly Adam's second moments forget; None for an optimizer without them."""
-        betas = self.tree["param_groups"][0].get("betas") if self.tree["param_groups"] else None
-        return float(betas[1]) if isinstance(betas, list | tuple) and len(betas) == 2 else None
 
     @property
     def by_name(self) -> dict[str, Mapping[str, Any]]:
@@ -100,7 +96,7 @@ def _require_optimizer(path: Path, tree: Any) -> None:
 
 def _named(path: Path, tree: Mapping[str, Any], parameters: Mapping[str, TensorInfo]) -> OptimizerState:
     sizes = [len(group["params"]) for group in tree["param_groups"]]
-    candidates = [state for grouping in _groupings(tree) if (state := _dealt(path, tree, parameters, grouping))]
+    candidates = list(_candidates(path, tree, parameters))
     fitting = [state for state in candidates if [len(group) for group in state.groups] == sizes]
     for state in fitting:
         if not _misshapen(state, parameters):
@@ -118,14 +114,18 @@ def _named(path: Path, tree: Mapping[str, Any], parameters: Mapping[str, TensorI
     )
 
 
-def _groupings(tree: Mapping[str, Any]) -> Sequence[Grouping]:
-    """The ways in which parameters may be dealt out: as the groups themselves say, if they do."""
-    named = [group.get("param_names") for group in tree["param_groups"]]
-    if not all(isinstance(names, list) for names in named):
-        return _GROUPINGS
-    groups = {str(name).removeprefix("module.").removeprefix("_orig_mod."): number
-              for number, names in enumerate(named) for name in names}  # fmt: skip
-    return (lambda name, dims: groups.get(name),)
+def _candidates(path: Path, tree: Mapping[str, Any], parameters: Mapping[str, TensorInfo]) -> Iterator[OptimizerState]:
+    """The ways in which parameters may be dealt out: as the groups themselves say, in their order, if they do."""
+    told = [group.get("param_names") for group in tree["param_groups"]]
+    if all(isinstance(names, list) for names in told):
+        bare = [[_WRAPPERS.sub("", str(name)) for name in names] for names in told]
+        groups = tuple(tuple(name for name in dict.fromkeys(names) if name in parameters) for names in bare)
+        group_of = {name: number for number, names in enumerate(groups) for name in names}
+        yield OptimizerState(path, tree, groups, lambda name, dims: group_of.get(name))
+        return
+    for grouping in _GROUPINGS:
+        if state := _dealt(path, tree, parameters, grouping):
+            yield state
 
 
 def _dealt(
@@ -160,10 +160,13 @@ def _require_moments(state: OptimizerState) -> None:
         else:
             problems += [f"{name} has no {key}" for key in sorted(expected[name] - kept.keys())]
         for key, leaf in kept.items():
-            if not isinstance(leaf, TensorInfo) or (leaf.num_elements == 1 and key not in POWERS):
-                continue
             if key not in POWERS:
-                problems.append(f"{key} of {name} is none of {', '.join(POWERS)}")
+                if not _is_number(leaf):
+                    problems.append(f"{key} of {name} is none of {', '.join(POWERS)}")
+            elif leaf is None:
+                continue  # SGD's without momentum
+            elif not isinstance(leaf, TensorInfo):
+                problems.append(f"{key} of {name} is no tensor")
             elif leaf.dtype not in GROWABLE_DTYPES:
                 problems.append(f"{key} of {name} is stored as {leaf.dtype}")
     if problems:
@@ -171,3 +174,7 @@ def _require_moments(state: OptimizerState) -> None:
             f"{state.path}: moments cannot be carried: {'; '.join(problems)}; begin them all at zero with --moments "
             "reset"
         )
+
+
+def _is_number(leaf: Any) -> bool:
+    return leaf.num_elements == 1 if isinstance(leaf, TensorInfo) else isinstance(leaf, str | int | float | None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gdagrow.engine import grow_moment_rows, grow_rows
 from gdagrow.formats.file_writer import tensor_bytes
-from gdagrow.formats.torch_file import DTYPES
+from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.growth import block_rows
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, num_workers
 from gdagrow.output import GrownTensor
@@ -106,6 +106,8 @@ class Grower:
 
 def _jobs(tensor: GrownTensor) -> Iterator[_Job]:
     """A tensor's rows in chunks, cut where blocks of source rows end so that no random word is drawn twice."""
+    if not tensor.target.num_bytes:
+        return
     block = block_rows(tensor.growth)
     rows = max(1, CHUNK_BYTES // (tensor.row_bytes * block)) * block
     for segment in tensor.growth.rows.segments:

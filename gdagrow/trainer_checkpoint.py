@@ -3,12 +3,13 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
@@ -37,6 +38,7 @@ from gdagrow.plan import GrowthPlan
 STATE_FILE: Final = "trainer_state.json"
 _CARRIED: Final = re.compile(r"scheduler\.pt|scaler\.pt|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth")
 _RESTARTED: Final = re.compile(r"scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth")
+_NO_BEST: Final = dict.fromkeys(("best_metric", "best_global_step", "best_model_checkpoint"))
 _MOMENTS = "moments"
 
 
@@ -54,11 +56,7 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
         for group in tree["param_groups"]:
             # The first step moves nothing, as in every warm-up of transformers; then the new schedule sets the rate.
             group["lr"] = 0.0
-    carried = carried_files(directory)
-    files: dict[str, bytes] = {}
-    if schedule is Schedule.restart:
-        files = _restarted(directory, carried)
-        carried = frozenset(name for name in carried if not _RESTARTED.fullmatch(name))
+    files, carried = files_of_state(directory, schedule)
     return replace(
         weights,
         layouts=(*weights.layouts, lay_out_torch_file(OPTIMIZER_FILE, tree)),
@@ -66,14 +64,35 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
         sources={**weights.sources, _MOMENTS: TorchFileHeader.of(state.path, state.tree)},
         files={**weights.files, **files},
         carried=carried,
-        record=moments_record(planned, moments, schedule, state.beta2),
+        record=moments_record(planned, moments, schedule, _beta2(tree)),
         hints=(*weights.hints, *(_hints(directory) if schedule is Schedule.keep else ())),
     )
 
 
-def carried_files(directory: Path) -> frozenset[str]:
-    """The files of a Trainer's checkpoint that say where a run is, and are the same for the grown model."""
-    return frozenset(path.name for path in directory.iterdir() if _CARRIED.fullmatch(path.name))
+def files_of_state(directory: Path, schedule: Schedule) -> tuple[dict[str, bytes], frozenset[str]]:
+    """The files of a Trainer's checkpoint that say where a run is.
+
+    Returns:
+        The content of those that are another for the grown model, and the names of those that are the same for it.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+    """
+    found = frozenset(path.name for path in directory.iterdir() if _CARRIED.fullmatch(path.name))
+    if schedule is Schedule.restart:
+        return _restarted(directory, found), frozenset(name for name in found if not _RESTARTED.fullmatch(name))
+    files = _without_best(directory) if STATE_FILE in found else {}
+    return files, found - files.keys()
+
+
+def _without_best(directory: Path) -> dict[str, bytes]:
+    """The record of a run, if it has a best model so far: that is of the source's sizes, and loaded at the end."""
+    state = _trainer_state(directory)
+    return {STATE_FILE: _json(state | _NO_BEST)} if any(state.get(key) is not None for key in _NO_BEST) else {}
+
+
+def _json(state: Mapping[str, Any]) -> bytes:
+    return (json.dumps(state, indent=2) + "\n").encode()
 
 
 def _grown_tree(
@@ -87,6 +106,8 @@ def _grown_tree(
         number = known.get(name, known.get(found.source, state.group_of(name, dims[name])))
         if number is not None:
             dealt[number].append(name)
+    for names, stored in zip(dealt, state.groups, strict=True):
+        _put_in_order(names, stored)
     grown: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     count = 0
@@ -105,6 +126,20 @@ def _grown_tree(
         key: _read_leaves(state, value) for key, value in state.tree.items() if key not in ("state", "param_groups")
     }
     return {"state": grown, "param_groups": groups, **rest}, tensors
+
+
+def _put_in_order(names: list[str], stored: Sequence[str]) -> None:
+    """Sort a group's parameters as they are `stored`; one that is new stays behind the one that it follows."""
+    known, place = {name: number for number, name in enumerate(stored)}, -1
+    places = {name: (place := known.get(name, place)) for name in names}
+    names.sort(key=places.__getitem__)
+
+
+def _beta2(tree: Mapping[str, Any]) -> float | None:
+    """How slowly Adam's second moments forget, in the groups where any begin at zero; None where there are none."""
+    begun = (group for group in tree["param_groups"] if not tree["state"].keys() >= set(group["params"]))
+    pairs = [pair for group in begun if isinstance(pair := group.get("betas"), list | tuple) and len(pair) == 2]
+    return max((float(beta2) for _, beta2 in pairs if isinstance(beta2, float | Tensor)), default=None)
 
 
 def _grown_leaf(
@@ -143,9 +178,7 @@ def _restarted(directory: Path, carried: frozenset[str]) -> dict[str, bytes]:
     if STATE_FILE in carried:
         state = _trainer_state(directory)
         # The record of the run so far is the source's; what else there is, such as the state of callbacks, stays.
-        state |= {"global_step": 0, "epoch": 0.0, "log_history": [], "best_metric": None, "best_global_step": None,
-                  "best_model_checkpoint": None}  # fmt: skip
-        files[STATE_FILE] = (json.dumps(state, indent=2) + "\n").encode()
+        files[STATE_FILE] = _json(state | {"global_step": 0, "epoch": 0.0, "log_history": []} | _NO_BEST)
     return files
 
 

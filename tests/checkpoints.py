@@ -103,19 +103,22 @@ def write_training_state(directory: Path, **topology: Any) -> None:
     (directory / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 10, "log_history": []}')
 
 
-def write_distributed_state(source: Path, directory: Path) -> None:
-    """Write a checkpoint's weights and zero moments of AdamW as one process saves them with torch, without a config."""
+def write_distributed_state(source: Path, directory: Path, **extra: Any) -> None:
+    """Write a checkpoint's weights and zero moments of AdamW as one process saves them with torch, without a config.
+
+    `extra`: further entries of the state dict, by key; `moments` is what replaces those of single parameters, by name.
+    """
     weights = load_model(source).state_dict()
     kept = {
         name: {"step": torch.tensor(1.0)} | {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
         for name, weight in weights.items()
     }
+    kept |= extra.pop("moments", {})
     groups = [{"lr": 1e-3, "betas": (0.9, 0.95), "params": list(weights)}]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is one process
-        dcp.save(
-            {"model": weights, "optim": {"state": kept, "param_groups": groups}}, checkpoint_id=directory, no_dist=True
-        )
+        state = {"model": weights, "optim": {"state": kept, "param_groups": groups}, **extra}
+        dcp.save(state, checkpoint_id=directory, no_dist=True)
 
 
 def random_tensors(

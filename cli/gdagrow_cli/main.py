@@ -9,7 +9,8 @@ from io import TextIOWrapper
 import typer
 
 from gdagrow.errors import GdagrowError
-from gdagrow_cli.commands import app
+from gdagrow_cli import commands, evidence_commands  # noqa: F401  (their commands)
+from gdagrow_cli.app import app
 from gdagrow_cli.console import print_error
 from gdagrow_cli.growth_flags import spread
 from gdagrow_cli.stopping import Stopped, stop_by_exception

@@ -46,6 +46,8 @@ ScheduleOption = Annotated[
         help="Learning-rate schedule: go on where it was (keep, the default), or leave it to the next run at step 0.",
     ),
 ]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest weight file, such as 5GB or 512MiB.")]
+Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.", show_default=False)]
 
 

@@ -15,8 +15,9 @@ from typing import Final
 import torch
 
 from gdagrow.formats.dcp_blob import locate
-from gdagrow.formats.dcp_metadata import DTYPE_CODES, Blob, Chunk, StoredTensor
+from gdagrow.formats.dcp_metadata import Blob, Chunk, StoredTensor
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
+from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.header import ITEM_BYTES
 
 # Whole rows, at most so many bytes of them: what a rank reads too much at each end of its part, and holds meanwhile.
@@ -127,7 +128,7 @@ def _around(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
         # Torch leaves a hole in the file, and never touches the memory of the tensor. (A fake tensor would do, and take
         # the import of torch's compiler.)
         with torch.serialization.skip_data():
-            torch.save(torch.empty(shape, dtype=_torch_dtype(dtype)), file)
+            torch.save(torch.empty(shape, dtype=DTYPES[dtype]), file)
         length = file.seek(0, 2)
         found = locate(file.fileno(), 0, length)
         file.seek(0)
@@ -154,7 +155,7 @@ def _metadata(
     places = {}
     for tensor in tensors:
         boxes = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks]
-        properties = TensorProperties(dtype=_torch_dtype(tensor.dtype))
+        properties = TensorProperties(dtype=DTYPES[tensor.dtype])
         keys[tensor.key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), boxes)
         for number, chunk in enumerate(tensor.chunks):
             blob = chunk.blob
@@ -167,11 +168,3 @@ def _metadata(
     if "version" in (field.name for field in fields(Metadata)):  # older torch has none, and reads it all the same
         metadata.version = _VERSION
     return pickle.dumps(metadata, protocol=4)
-
-
-_NAMES: Final = {code: name for name, code in DTYPE_CODES.items()}
-
-
-def _torch_dtype(code: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, _NAMES[code])
-    return dtype

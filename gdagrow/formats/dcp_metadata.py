@@ -226,7 +226,8 @@ def _blob(node: Any) -> Blob:
     fields = _state(node, "_StorageInfo", _FILESYSTEM)
     file, start, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
     if type(file) is not str or not _is_plain(file):
-        raise _MalformedError(f"expected the path of a file inside the directory, got {str(file)[:200]!r}")
+        got = repr(file[:200]) if type(file) is str else "something else"
+        raise _MalformedError(f"expected the path of a file inside the directory, got {got}")
     if type(start) is not int or type(length) is not int or min(start, length) < 0 or max(start, length) > _MAX_INT:
         raise _MalformedError("expected whole numbers of bytes for offset and length")
     if fields.get("transform_descriptors"):

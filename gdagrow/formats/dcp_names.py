@@ -13,7 +13,7 @@ from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import DcpMetadata, StoredTensor
 
 _STATE: Final = "state"  # the branch of an optimizer's state dict that holds the moments
-_FLOATING: Final = ("F64", "F32", "F16", "BF16")
+_WHOLE: Final = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _parameter_in(key: str, names: frozenset[str]) -> str | None:
 
 
 def _does_not_grow(tensor: StoredTensor) -> bool:
-    return not tensor.shape or tensor.dtype not in _FLOATING
+    return not tensor.shape or tensor.dtype in _WHOLE
 
 
 def _require_known(stored: DcpMetadata, unknown: list[str], known: Mapping[str, object]) -> None:

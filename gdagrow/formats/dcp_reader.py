@@ -14,9 +14,9 @@ import torch
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_blob import BlobError, StridedBytes, locate
-from gdagrow.formats.dcp_metadata import DTYPE_CODES, Blob, Chunk, DcpMetadata, StoredTensor, file_stat
+from gdagrow.formats.dcp_metadata import Blob, Chunk, DcpMetadata, StoredTensor, file_stat
+from gdagrow.formats.torch_dtypes import DTYPES
 
-TORCH_DTYPES: Final = {code: getattr(torch, name) for name, code in DTYPE_CODES.items()}
 _LOCATED: Final = 4096  # chunks whose place is remembered; rows are read in order, so that each is found about once
 
 
@@ -62,11 +62,11 @@ class DcpReader:
         shape = (end - begin, *tensor.shape[1:]) if tensor.shape else ()
         assert not shape or 0 <= begin <= end <= tensor.shape[0], f"rows [{begin}, {end}) of {key} {tensor.shape}"
         if not prod(shape):
-            return torch.empty(shape, dtype=TORCH_DTYPES[tensor.dtype])
+            return torch.empty(shape, dtype=DTYPES[tensor.dtype])
         chunks = [chunk for chunk in tensor.chunks if _overlaps(chunk, begin, end)]
         if len(chunks) == 1:
             return self._chunk_rows(tensor, chunks[0], begin, end).contiguous()
-        rows = torch.empty(shape, dtype=TORCH_DTYPES[tensor.dtype])
+        rows = torch.empty(shape, dtype=DTYPES[tensor.dtype])
         for chunk in chunks:
             part = self._chunk_rows(tensor, chunk, begin, end)
             first = max(chunk.offsets[0] - begin, 0)
@@ -100,7 +100,7 @@ class DcpReader:
         return self._map(chunk.blob, part)
 
     def _map(self, blob: Blob, found: StridedBytes) -> torch.Tensor:
-        dtype, skipped = TORCH_DTYPES[found.dtype], found.start % mmap.ALLOCATIONGRANULARITY
+        dtype, skipped = DTYPES[found.dtype], found.start % mmap.ALLOCATIONGRANULARITY
         with self._opened(blob) as file:
             # A private writable mapping, since torch warns of buffers that it could not write to.
             mapped = mmap.mmap(file, skipped + found.num_bytes, access=mmap.ACCESS_COPY, offset=found.start - skipped)

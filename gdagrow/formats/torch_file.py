@@ -20,13 +20,10 @@ from torch import Tensor
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.formats.weight_files import FLOATING
 from gdagrow.header import Header, TensorInfo
 
-DTYPES: Final = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -51,7 +48,12 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:
         raise CheckpointError(f"{path} is damaged ({_first_line(error)}); restore the file") from None
     size = path.stat().st_size
-    return map_leaves(tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf)
+    try:
+        return map_leaves(
+            tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf
+        )
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply, or in itself; restore the file") from None
 
 
 class TorchFileHeader(Header):
@@ -188,6 +190,8 @@ def _require_plain_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise CheckpointError(f"{path} is compressed, which torch never does; load and save it once with torch")
             order = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(
@@ -196,8 +200,6 @@ def _require_plain_zip(path: Path) -> None:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise CheckpointError(f"{path} is compressed, which torch never does; load and save it once with torch")
     if any(octets != b"little" for octets in order):
         raise CheckpointError(
             f"{path} was written on a big-endian machine; load and save it once on a little-endian one"

@@ -18,7 +18,7 @@ class MotifConfig(PreTrainedConfig):
     """
 
     model_type = "motif"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the Trainer adds lists to it)
 
     tie_word_embeddings: bool = False
     use_cache: bool = True

@@ -172,7 +172,7 @@ class _Run:
             callbacks=[RunCallback(recipe, stop_at, self._write, self._tick), *self._callbacks(described, step)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(str(directory) if directory else None, ignore_keys_for_eval=["past_key_values"])
+        trainer.train(str(directory) if directory else None)
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()
@@ -202,7 +202,7 @@ class _Run:
         seed, is_first = self._recipe.seed, self._processes.is_first
         model = build_model(header.config, header.tensors, weights, seed, is_first=is_first)
         if self._recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         return model
 
     def _publish_model(self, state: Path) -> None:

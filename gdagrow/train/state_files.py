@@ -1,13 +1,19 @@
 """The files of a state: checked before an engine takes them as they are, and made a model of at the end."""
 
+import io
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import checkpoint_figures
 from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_checkpoint import read_trees
+from gdagrow.dcp_tensors import DcpTensors
+from gdagrow.errors import CheckpointError
 from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
@@ -35,10 +41,23 @@ def read_state(state: Path) -> Header:
     header = read_checkpoint(state)
     checkpoint_figures(header)
     if isinstance(header, DcpHeader):
-        read_trees(header)
+        for tree in read_trees(header):
+            _require_plain_values(tree)
     else:
-        read_optimizer(header)
+        read_optimizer(header, check_moments=False)  # shapes are checked; an optimizer that begins anew has none
     return header
+
+
+def _require_plain_values(tree: DcpHeader) -> None:
+    with DcpTensors(tree) as reader:
+        for key in tree.dcp.blobs:
+            try:
+                torch.load(io.BytesIO(reader.blob(key)), weights_only=True)
+            except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError):
+                raise CheckpointError(
+                    f"{tree.directory / tree.place}: the value {key!r} asks for more than tensors and plain values, or "
+                    "is damaged; it was not run: restore the state"
+                ) from None
 
 
 def make_model(recipe: TrainRecipe, state: Path, target: Path) -> None:

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.engine import grow_moment
+from gdagrow.errors import CheckpointError
+from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.growing import grow_checkpoint, prepare_growth
 from gdagrow.recipe import make_recipe
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_checkpoint, write_distributed_state
 from tests.command import call
 from tests.dcp_ranks import run_jobs
 
@@ -127,3 +130,74 @@ def test_what_is_refused(
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert sentence in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_any_dtype_and_size_are_carried_as_they_are(tmp_path: Path) -> None:
+    """Such as the states of random generators and data loaders."""
+    whole = {code: torch.tensor([1, 0, 2**7 - 1]).to(dtype) for code, dtype in DTYPES.items()
+             if not dtype.is_floating_point}  # fmt: skip
+    others = {"none": torch.empty(0, 3, dtype=torch.int64), "scale": torch.tensor(1.5).to(torch.float8_e4m3fn)}
+    write_checkpoint(tmp_path / "model", dtype=torch.float32)
+    write_distributed_state(tmp_path / "model", tmp_path / "dcp", **whole, **others)
+    grow_checkpoint(tmp_path / "dcp", tmp_path / "grown", make_recipe(RECIPE), config=tmp_path / "model")
+    dcp_to_torch_save(tmp_path / "grown", tmp_path / "plain.pt")
+    state = torch.load(tmp_path / "plain.pt", weights_only=True)
+    for key, tensor in {**whole, **others}.items():
+        assert (state[key].dtype, state[key].tolist()) == (tensor.dtype, tensor.tolist()), key
+
+
+def test_moments_of_what_is_not_stored_are_refused_by_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32, tied=True)
+    for number, name in enumerate(("lm_head.weight", "model.layers.0.self_attn.q_proj.bias")):
+        state = tmp_path / f"dcp-{number}"
+        moments = {"optim.state": {name: {"max_exp_avg_sq": torch.zeros(32)}}}
+        write_distributed_state(tmp_path / "model", state, **moments)
+        with pytest.raises(CheckpointError, match=f"{name}.max_exp_avg_sq is of no weight that is stored"):
+            grow_checkpoint(state, tmp_path / "grown", make_recipe(RECIPE), config=tmp_path / "model")
+    write_distributed_state(tmp_path / "model", tmp_path / "short", average=torch.zeros(3).to(torch.float8_e4m3fn))
+    with pytest.raises(CheckpointError, match=r"1 tensors belong to no parameter of the model .*: average"):
+        grow_checkpoint(tmp_path / "short", tmp_path / "grown", make_recipe(RECIPE), config=tmp_path / "model")
+
+
+NORM = "model.norm.weight"
+WRONG: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "none": ({}, f"{NORM} has none"),
+    "of another shape": ({"exp_avg": torch.zeros(64)}, f"{NORM}.exp_avg has shape [64], the weight [32]"),
+    "of whole numbers": ({"exp_avg": torch.zeros(32, dtype=torch.int8)}, f"{NORM}.exp_avg is stored as I8"),
+    "of another kind": ({"exp_avg_sq_row": torch.zeros(2)}, f"{NORM}.exp_avg_sq_row is none of exp_avg, "),
+}
+
+
+@pytest.mark.parametrize(("kept", "sentence"), WRONG.values(), ids=list(WRONG))
+def test_moments_that_do_not_fit_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: dict[str, torch.Tensor], sentence: str
+) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32, hidden=32)
+    write_distributed_state(tmp_path / "model", tmp_path / "dcp", moments={NORM: kept})
+    words = (tmp_path / "dcp", tmp_path / "grown", "--signal-x2", "--config", tmp_path / "model")
+    outcome = call(capsys, "expand", *words)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert sentence in outcome.err
+    assert not (tmp_path / "grown").exists()
+    reset = call(capsys, "expand", *words, "--moments", "reset")
+    if "exp_avg_sq_row" in kept:
+        assert "exp_avg_sq_row cannot be reset" in reset.err
+    else:
+        assert reset.code == 0, reset
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_tied_weights_alone_whose_head_differs_or_is_untied(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32, tied=True)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    for name, head in (("whole", {}), ("torn", {"lm_head.weight": embedding + 1})):
+        dcp.save({"model": {**weights, **head}}, checkpoint_id=tmp_path / name, no_dist=True)
+    untied = make_recipe({"embeddings": "untie", "exact_copies": True, "hidden": 2})
+    with pytest.raises(CheckpointError, match=r"'model.lm_head.weight' and 'model.model.embed_tokens.weight' differ"):
+        grow_checkpoint(tmp_path / "torn", tmp_path / "grown", untied, config=tmp_path / "model")
+    grow_checkpoint(tmp_path / "whole", tmp_path / "grown", untied, config=tmp_path / "model")
+    dcp_to_torch_save(tmp_path / "grown", tmp_path / "plain.pt")
+    grown = torch.load(tmp_path / "plain.pt", weights_only=True)["model"]
+    assert torch.equal(grown["lm_head.weight"], (embedding / 2).repeat(1, 2))
+    assert torch.equal(grown["model.embed_tokens.weight"], embedding.repeat(1, 2))

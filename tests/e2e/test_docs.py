@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.checkpoints import write_checkpoint, write_distributed_state, write_training_state
+from tests.command import call
 from tests.diffllama import TOPOLOGIES, save_diffllama
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,9 @@ def shown(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if shown(page)], ids=lambda page: page.name)
-def test_every_gdagrow_command_of_a_page_runs_in_order(page: Path, tmp_path: Path) -> None:
+def test_every_gdagrow_command_of_a_page_runs_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_checkpoint(tmp_path / "demo" / "source", vocab=256, groups=2, kv_groups=2, extra={})
     write_checkpoint(tmp_path / "Motif-2.6B", plain=True, ratio=1, groups=2, hidden=32, tied=True)
     if "gdagrow expand DiffLlama-0.3B" in page.read_text():
@@ -38,11 +41,11 @@ def test_every_gdagrow_command_of_a_page_runs_in_order(page: Path, tmp_path: Pat
         write_distributed_state(tmp_path / "demo" / "source", tmp_path / "run" / "dcp-1000")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "text.txt").write_text("the words to compare two models on " * 20)
+    monkeypatch.chdir(tmp_path)
     for command in shown(page):
-        result = subprocess.run(
-            [sys.executable, "-m", "gdagrow_cli.main", *command[1:]], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert result.returncode == 0, f"{shlex.join(command)}: {result.stderr}"
+        # In this process, since importing torch sixty times over takes longer than all the rest.
+        outcome = call(capsys, *command[1:])
+        assert outcome.code == 0, f"{shlex.join(command)}: {outcome.err}"
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`gdagrow train` as a user runs it: a run, killed and gone on with, the same to the digit; and what it refuses."""
 
+import io
 import json
 import os
 import resource
@@ -7,60 +8,60 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gdagrow_cli.main import main
 from safetensors.torch import load_file
 
 from gdagrow.report.training import read_run
 from tests.checkpoints import write_checkpoint
-from tests.command import Outcome, call, run, start
+from tests.command import call, start
 from tests.trainings import CONFIG, lines, losses, names, write_recipe
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """A directory with a recipe and the run of it that nothing interrupted."""
-    directory = tmp_path_factory.mktemp("train")
-    write_recipe(directory / "recipe.yaml")
-    outcome = run("train", "recipe.yaml", "--out", "whole", cwd=directory)
-    assert outcome.code == 0, outcome.err
-    return directory, outcome
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As the runs that are processes of their own, whose sums are to be the same."""
+    """As in runs that are processes of their own, whose sums are to be the same."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_a_run_leaves_states_figures_and_a_model(done: tuple[Path, Outcome]) -> None:
-    directory, outcome = done
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A directory with a recipe and the run of it that nothing interrupted, and what that said."""
+    directory, told = tmp_path_factory.mktemp("train"), io.StringIO()
+    recipe = write_recipe(directory / "recipe.yaml")
+    with redirect_stdout(told):
+        assert main(["train", str(recipe), "--out", str(directory / "whole")]) == 0
+    return directory, told.getvalue()
+
+
+def test_a_run_leaves_states_figures_and_a_model(done: tuple[Path, str]) -> None:
+    directory, told = done
     whole = directory / "whole"
     assert names(whole) == ["checkpoint-8", "checkpoint-12", "metrics.jsonl", "model", "recipe.yaml", "tokens"]
     found = losses(whole)
     assert list(found) == list(range(1, 13))
     assert found[12] < found[1] - 0.5  # it learned which bytes are frequent
-    assert f"12 steps, loss {found[12]:.4f}, held-out loss" in outcome.out
+    assert f"12 steps, loss {found[12]:.4f}, held-out loss" in told
     evaluated = {line["step"]: line["eval_loss"] for line in lines(whole) if "eval_loss" in line}
     assert list(evaluated) == [6, 12]
     assert {line["step"]: line["tokens"] for line in lines(whole) if "tokens" in line}[12] == 12 * 8 * 32
     assert {key: json.loads((whole / "model" / "config.json").read_text())[key] for key in CONFIG} == CONFIG
 
 
-def test_the_report_draws_its_figures(done: tuple[Path, Outcome]) -> None:
+def test_the_report_draws_its_figures(done: tuple[Path, str]) -> None:
     curves = {curve.metric: curve.num_points for curve in read_run(done[0] / "whole").curves}
     assert (curves["loss"], curves["eval_loss"], curves["grad_norm"]) == (12, 2, 12)
 
 
-def test_a_killed_run_goes_on_to_the_same_digits(
-    done: tuple[Path, Outcome], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_run_goes_on_to_the_same_digits(done: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     directory, killed = done[0], done[0] / "killed"
     process = start("train", "recipe.yaml", "--out", "killed", cwd=directory)
     deadline = time.monotonic() + 60
@@ -81,7 +82,7 @@ def test_a_killed_run_goes_on_to_the_same_digits(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_ctrl_c_says_what_is_there(done: tuple[Path, Outcome], tmp_path: Path) -> None:
+def test_ctrl_c_says_what_is_there(done: tuple[Path, str], tmp_path: Path) -> None:
     write_recipe(tmp_path / "r.yaml", steps=100_000)
     process = start("train", "r.yaml", cwd=tmp_path)
     deadline = time.monotonic() + 60
@@ -111,7 +112,7 @@ def test_a_second_pass_over_the_text_is_resumed_too(tmp_path: Path, capsys: pyte
 
 
 def test_accumulated_batches_are_the_same_batches(
-    done: tuple[Path, Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", micro_batch_size=2)
     assert call(capsys, "train", recipe, "--out", tmp_path / "run", "--quiet").code == 0
@@ -142,7 +143,7 @@ def test_the_model_of_a_directory_in_bf16_with_recomputed_activations(
 
 
 def test_settings_may_be_changed_when_a_run_goes_on(
-    done: tuple[Path, Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(done[0] / "whole", tmp_path / "run")
     optimizer = {"learning_rate": 1e-4, "weight_decay": 0.0}
@@ -181,7 +182,7 @@ def test_a_run_killed_before_its_first_state_may_begin_with_another_text(
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused(
-    changes: dict[str, Any], flags: list[str], told: str, done: tuple[Path, Outcome], tmp_path: Path,
+    changes: dict[str, Any], flags: list[str], told: str, done: tuple[Path, str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     shutil.copytree(done[0] / "whole", tmp_path / "run")
@@ -211,7 +212,7 @@ class _Code:
     ],
 )  # fmt: skip
 def test_a_state_that_is_not_of_this_run_is_refused_before_the_engine_has_it(
-    file: str, content: Any, told: str, done: tuple[Path, Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, content: Any, told: str, done: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(done[0] / "whole", tmp_path / "run")
     if content is None:

@@ -232,6 +232,20 @@ def test_the_shipped_demo_in_few_steps(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(tensors(tmp_path / "run" / "model")["model.layers.3.self_attn.q_proj.weight"]) == (6 + 1) * 2 * 32
 
 
+def test_a_warm_up_as_the_growth_proposes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Moments begin at zero, so that Adam's first step is the rate itself, and 2 / (1 - 0.95) steps are proposed."""
+    growth = [{"at": 2, "expand": {"signal": 2}, "moments": "reset"}]
+    optimizer = {"learning_rate": 1e-3, "weight_decay": 0.0, "eps": 1e-20}
+    schedule = {"kind": "constant"}
+    changes: dict[str, Any] = {"steps": 3, "save_every": 1, "keep": 9, "evaluate_every": 0}
+    recipe = write_recipe(tmp_path / "r.yaml", growth=growth, optimizer=optimizer, schedule=schedule, **changes)
+    assert call(capsys, "train", recipe, "--out", tmp_path / "run", "--quiet").code == 0
+    assert json.loads((tmp_path / "run" / "grown-2" / "growth.json").read_text())["warm_up"]["steps"] == 40
+    before, after = (tensors(tmp_path / "run" / name)["lm_head.weight"] for name in ("grown-2", "checkpoint-3"))
+    # The difference of weights around 0.02: roundings of 2e-9.
+    assert float((after - before).abs().max()) == pytest.approx(1e-3 / 40, abs=1e-8)
+
+
 def test_muon_grows_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     growth = [{"at": 4, "expand": {"signal": 2, "ffn": 2}}]
     optimizer = {"name": "muon", "learning_rate": 3e-3}

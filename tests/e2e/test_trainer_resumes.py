@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def train(model: Any, out: Path, resume: Path | None = None, **arguments: Any) -
         **{"max_steps": LAST, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": RATE,
            "warmup_steps": WARM_UP, "weight_decay": 0.1, **arguments},
     )  # fmt: skip
-    trainer = Trainer(model=model, args=given, train_dataset=text())
+    trainer = Trainer(model=model, args=given, train_dataset=text(), eval_dataset=text()[:4])
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -92,11 +93,33 @@ def test_a_new_schedule_begins_at_step_0_with_the_rate_of_the_new_run(run: tuple
     grow_checkpoint(out / "checkpoint-3", tmp_path / "grown", make_recipe(EXACT), schedule="restart")
     grown = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", attn_implementation="eager")
     log = train(grown, tmp_path / "goes-on", resume=tmp_path / "grown", learning_rate=RATE / 2, max_steps=4)
+    train(grown, tmp_path / "one-step", resume=tmp_path / "grown", learning_rate=RATE / 2, max_steps=1)
+    before, after = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "grown", tmp_path / "one-step/checkpoint-1")
+    )
+    assert all(torch.equal(after[name], weight) for name, weight in before.items()), "no step at the old rate"
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
     assert [entry["learning_rate"] for entry in log] == pytest.approx([0, RATE / 4, RATE / 2, RATE / 4])
     kept = torch.load(tmp_path / "goes-on" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
     assert kept[0]["step"] == 3 + 4, "the moments were kept, with their step count"
     assert not (tmp_path / "grown" / "rng_state.pth").exists()
+
+
+def test_the_best_model_so_far_is_none_of_the_grown_run(run: tuple[Path, Log], tmp_path: Path) -> None:
+    """It has the source's sizes, and the Trainer would load it at the end."""
+    source = tmp_path / "run" / "checkpoint-3"
+    shutil.copytree(run[0] / "checkpoint-3", source)
+    state = json.loads((source / "trainer_state.json").read_text())
+    best = {"best_metric": 0.0, "best_global_step": 3, "best_model_checkpoint": str(source)}
+    (source / "trainer_state.json").write_text(json.dumps(state | best))
+    grow_checkpoint(source, tmp_path / "run" / "grown", make_recipe(EXACT))
+    kept = json.loads((tmp_path / "run" / "grown" / "trainer_state.json").read_text())
+    assert kept == state | dict.fromkeys(best)
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "grown", attn_implementation="eager")
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    train(grown, tmp_path / "run", resume=tmp_path / "run" / "grown", metric_for_best_model="loss", **evaluation)
+    last = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert last["best_global_step"] == 6
 
 
 def test_moments_that_begin_again_move_no_weight_further_than_the_rate(run: tuple[Path, Log], tmp_path: Path) -> None:
@@ -151,6 +174,8 @@ def test_conversion_takes_moments_along_in_the_order_of_the_new_layout(run: tupl
     assert {name.split("self_attn.")[1] for name in record["optimizer"]["reset"]} == {
         "subln.weight", "lambda_q1", "lambda_k1",
     }  # fmt: skip
+    carried = prepare_growth(source, recipe, moments="carry").output.record["optimizer"]
+    assert carried["reset"] == record["optimizer"]["reset"], "what is made has no moments to carry"
     state = read_optimizer(read_header(tmp_path / "grown"), check_moments=False)
     loaded = torch.load(tmp_path / "grown" / "optimizer.pt", weights_only=True)["state"]
     numbers = {name: number for number, name in enumerate(name for group in state.groups for name in group)}

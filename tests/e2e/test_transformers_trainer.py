@@ -44,6 +44,17 @@ def losses(run: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def test_the_trainer_evaluates_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    evaluated = trainer(model, tmp_path / "run")
+    rows = evaluated.train_dataset
+    with torch.no_grad():
+        ids = torch.stack([row["input_ids"] for row in rows])  # type: ignore[union-attr]
+        expected = model(input_ids=ids, labels=ids).loss.item()
+    assert evaluated.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("dtype", "arguments"), list(SETTINGS.values()), ids=list(SETTINGS))
 def test_a_resumed_run_is_the_run_that_was_not_stopped(
     tmp_path: Path, dtype: torch.dtype, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]

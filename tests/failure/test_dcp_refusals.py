@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import pickletools
 import random
 import zipfile
 from collections.abc import Callable
@@ -158,6 +159,14 @@ def test_metadata_that_makes_no_sense(stored: Path, edit: Callable[[Metadata], o
     found = refusal(stored)
     assert complaint in found
     assert str(stored) in found
+
+
+def test_a_path_that_is_nested_too_deeply_to_be_shown(stored: Path) -> None:
+    raw = (stored / ".metadata").read_bytes()
+    (at,) = (at for opcode, found, at in pickletools.genops(raw) if found == "__0_0.distcp" and at is not None)
+    end = raw.index(b"__0_0.distcp") + len("__0_0.distcp")
+    (stored / ".metadata").write_bytes(raw[:at] + b")" + b"\x85" * 100_000 + raw[end:])
+    assert "expected the path of a file inside the directory, got something else" in refusal(stored)
 
 
 def test_links_do_not_lead_out(stored: Path, tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from tests.checkpoints import write_checkpoint
+from gdagrow.checkpoint import read_checkpoint
+from gdagrow.formats.torch_file import read_torch_file
+from gdagrow.reading import open_reader
+from tests.checkpoints import write_checkpoint, write_distributed_state, write_training_state
 
 ROOT = Path(__file__).parents[2]
 NUM_KILLS = 20
@@ -26,22 +29,22 @@ FORKER = """
 import os, signal, sys
 from pathlib import Path
 from gdagrow.expand import expand
-from gdagrow.formats.safetensors_header import read_header
-from gdagrow.output import weights_output
-from gdagrow.plan import make_plan
+from gdagrow.growing import prepare_growth
 from gdagrow.recipe import make_recipe
 
 # A shell starts background jobs with Ctrl-C ignored, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 source, target = map(Path, sys.argv[1:])
+recipe = make_recipe({"hidden": 2, "ffn": 2})
+prepare_growth(source, recipe)  # imports what it needs
 print("ready", flush=True)
 while sys.stdin.readline():
     child = os.fork()
     if not child:
         code = 1
         try:
-            plan = make_plan(read_header(source), make_recipe({"hidden": 2, "ffn": 2}))
-            expand(plan, target, weights_output(plan, 40_000_000))
+            growing = prepare_growth(source, recipe, max_shard_bytes=40_000_000)
+            expand(growing.plan, target, growing.output)
             code = 0
         except KeyboardInterrupt:
             code = 130
@@ -93,7 +96,16 @@ class Expands:
         return [path for path in self.target.parent.iterdir() if "gdagrow-partial" in path.name]
 
     def num_bytes_written(self) -> int:
-        return sum(path.stat().st_size for partial in self.partials() for path in partial.glob("*.safetensors"))
+        # os.walk takes it when a directory is published, or a file removed, while it looks.
+        found = (entry for partial in self.partials() for entry in os.walk(partial))
+        return sum(size_of(Path(directory, file)) for directory, _, files in found for file in files)
+
+
+def size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # published meanwhile
+        return 0
 
 
 @pytest.fixture
@@ -178,3 +190,67 @@ def test_interrupted_from_the_keyboard(expands: Expands, num_bytes: int) -> None
     assert expands.wait() == 130
     assert expands.partials() == []
     assert not expands.target.exists()
+
+
+# Weights and moments that grow to 168 MB, a third of it weights.
+SIZES = {"hidden": 256, "ffn": 1024, "vocab": 6000, "layers": 2, "head_dim": 64, "dtype": torch.float32}
+
+
+def run_of_the_trainer(directory: Path) -> None:
+    write_training_state(directory, **SIZES)
+
+
+def distributed_state(directory: Path) -> None:
+    write_checkpoint(directory.with_name("model"), **SIZES)
+    write_distributed_state(directory.with_name("model"), directory)
+    (directory / "config.json").write_bytes(directory.with_name("model").joinpath("config.json").read_bytes())
+
+
+def require_whole_state(directory: Path, kind: str) -> None:
+    """Everything that the record names has the recorded hash, and is what is there; weights and moments are read."""
+    recorded = json.loads((directory / "growth.json").read_text())["output"]["files"]
+    for file, digest in recorded.items():
+        assert hashlib.sha256((directory / file).read_bytes()).hexdigest() == digest["sha256"]
+    written = {path.name for path in directory.iterdir() if path.suffix in (".safetensors", ".pt", ".distcp")}
+    assert set(recorded) == written - {"scheduler.pt"}
+    header = read_checkpoint(directory)
+    with open_reader(header) as reader:
+        assert all(reader.tensor(name).shape == info.shape for name, info in header.tensors.items())
+    if kind == "trainer":
+        assert len(read_torch_file(directory / "optimizer.pt")["state"]) == len(header.tensors)
+        assert (directory / "scheduler.pt").exists()
+        assert (directory / "trainer_state.json").exists()
+    else:
+        assert len(header.moments) == 3 * len(header.tensors)
+
+
+@pytest.mark.parametrize(("kind", "write"), [("trainer", run_of_the_trainer), ("dcp", distributed_state)])
+def test_a_training_state_killed_at_any_byte(tmp_path: Path, kind: str, write: Callable[[Path], None]) -> None:
+    write(tmp_path / "source")
+    expands = Expands(tmp_path / "source", tmp_path / "grown")
+    try:
+        expands.start()
+        assert expands.wait() == 0
+        require_whole_state(expands.target, kind)
+        total = sum(map(size_of, expands.target.iterdir()))
+        assert total > 150_000_000
+        remove(expands.target)
+        moments = random.Random(1)
+        killed = 0
+        for _ in range(8):
+            child, stop_at, began = expands.start(), moments.uniform(0, total), time.monotonic()
+            while expands.num_bytes_written() < stop_at and not expands.target.exists():
+                assert time.monotonic() - began < 60, "nothing is written"
+            os.kill(child, signal.SIGKILL)
+            ended = expands.wait()
+            killed += ended == -signal.SIGKILL and not expands.target.exists()
+            if expands.target.exists():
+                require_whole_state(expands.target, kind)
+                remove(expands.target)
+        assert killed >= 4, "hardly a run was killed while it wrote"
+        expands.start()
+        assert expands.wait() == 0
+        require_whole_state(expands.target, kind)
+        assert expands.partials() == []
+    finally:
+        expands.close()

@@ -1,13 +1,19 @@
 """Training states that do not belong, or ask for something else than to be read: one sentence, nothing written."""
 
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from gdagrow.errors import CheckpointError
+from gdagrow.models.gda import load_model
+from gdagrow.train.state_files import read_state
 from tests.checkpoints import write_checkpoint, write_training_state
 from tests.command import call
 
@@ -57,6 +63,39 @@ def unknown_moments(source: Path) -> None:
     change(source, edit)
 
 
+def a_list_of_tensors(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["old_dirs"] = [torch.zeros(61)]
+
+    change(source, edit)
+
+
+def a_number_for_a_moment(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["exp_avg"] = 0.5
+
+    change(source, edit)
+
+
+def whole_numbers_for_a_moment(source: Path) -> None:
+    def edit(tree: Any) -> None:
+        tree["state"][0]["exp_avg"] = tree["state"][0]["exp_avg"].to(torch.int8)
+
+    change(source, edit)
+
+
+def a_parameter_twice(source: Path) -> None:
+    change(source, lambda tree: tree["param_groups"][0]["params"].__setitem__(1, 0))
+
+
+def moments_of_no_parameter(source: Path) -> None:
+    change(source, lambda tree: tree["state"].update({99: tree["state"][0]}))
+
+
+def no_parameters(source: Path) -> None:
+    torch.save({"state": {}, "param_groups": []}, source / "optimizer.pt")
+
+
 def one_wrong_shape(source: Path) -> None:
     def edit(tree: Any) -> None:
         tree["state"][0]["exp_avg"] = tree["state"][0]["exp_avg"].t().contiguous()
@@ -98,6 +137,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no step count": (no_step, "model.layers.0.self_attn.lambda_q2 has no step"),
     "no groups": (no_groups, "expected the state_dict of one torch optimizer"),
     "unknown moments": (unknown_moments, "exp_avg_sq_row of model.embed_tokens.weight"),
+    "a list of tensors": (a_list_of_tensors, "old_dirs of model.embed_tokens.weight is none of exp_avg, "),
+    "a number for a moment": (a_number_for_a_moment, "exp_avg of model.embed_tokens.weight is no tensor"),
+    "whole numbers for a moment": (whole_numbers_for_a_moment, "exp_avg of model.embed_tokens.weight is stored as I8"),
+    "a parameter twice": (a_parameter_twice, "expected the state_dict of one torch optimizer"),
+    "moments of no parameter": (moments_of_no_parameter, "expected the state_dict of one torch optimizer"),
+    "no parameters": (no_parameters, "expected the state_dict of one torch optimizer"),
     "no optimizer's file": (not_an_optimizer, "expected the state_dict of one torch optimizer"),
     "code": (code, "it was not run"),
     "a schedule alone": (no_optimizer, "has scheduler.pt and no optimizer.pt"),
@@ -144,6 +189,25 @@ def test_a_schedule_that_is_not_understood_cannot_restart(source: Path, capsys: 
     assert call(capsys, "expand", source, source.parent / "grown", "--signal-x2").code == 0
 
 
+@pytest.mark.parametrize("file", ["scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("schedule", ["keep", "restart"])
+def test_links_to_files_of_a_run_do_not_lead_out(
+    source: Path, capsys: pytest.CaptureFixture[str], file: str, schedule: str
+) -> None:
+    os.replace(source / file, source.parent / file)
+    (source / file).symlink_to(source.parent / file)
+    outcome = call(capsys, "expand", source, source.parent / "grown", "--signal-x2", "--schedule", schedule)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"{file} is a link that leads out of its checkpoint directory" in outcome.err
+
+
+def test_what_else_an_optimizer_saves_is_carried(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"scale": torch.tensor(3.0), "names": ["a"]}
+    change(source, lambda tree: tree.update(more=more))
+    assert call(capsys, "expand", source, source.parent / "grown", "--signal-x2").code == 0
+    assert torch.load(source.parent / "grown/optimizer.pt", weights_only=True)["more"] == more
+
+
 def test_a_run_at_its_last_step_is_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (source / "trainer_state.json").write_text('{"global_step": 10, "max_steps": 10, "loss": NaN}')
     outcome = call(capsys, "plan", source, "--signal-x2")
@@ -157,3 +221,25 @@ def test_reset_needs_no_moments_that_can_be_grown(source: Path, capsys: pytest.C
     assert (outcome.code, outcome.err) == (0, "")
     assert "\n  begin at zero (asked for): all\n" in outcome.out
     assert torch.load(source.parent / "grown/optimizer.pt", weights_only=True)["state"] == {}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_state_with_code_in_a_value_is_refused_before_an_engine_runs_it(source: Path) -> None:
+    weights = load_model(source).state_dict()
+    kept = {name: {"exp_avg": torch.zeros_like(weight)} for name, weight in weights.items()}
+    (source / "model.safetensors").unlink()
+    dcp.save({"model": weights}, checkpoint_id=source / "pytorch_model_fsdp_0", no_dist=True)
+    for value, sentence in ((1e-3, None), (Running(), "'optimizer.lr' asks for more than tensors and plain values")):
+        shutil.rmtree(source / "optimizer_0", ignore_errors=True)
+        dcp.save({"optimizer": {"state": kept, "lr": value}}, checkpoint_id=source / "optimizer_0", no_dist=True)
+        with nullcontext() if sentence is None else pytest.raises(CheckpointError, match=sentence):
+            assert len(read_state(source).tensors) == len(weights)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_weights_with_a_schedule_alone(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dcp.save({"model": load_model(source).state_dict()}, checkpoint_id=source / "pytorch_model_fsdp_0", no_dist=True)
+    (source / "model.safetensors").unlink()
+    outcome = call(capsys, "plan", source, "--signal-x2")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "has scheduler.pt and no optimizer_0" in outcome.err

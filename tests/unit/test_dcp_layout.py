@@ -15,15 +15,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gdagrow.formats.dcp_layout import DcpLayout, plan_dcp
 from gdagrow.formats.dcp_metadata import DTYPE_CODES, read_metadata
-from gdagrow.formats.dcp_reader import TORCH_DTYPES, DcpReader
+from gdagrow.formats.dcp_reader import DcpReader
 from gdagrow.formats.file_layout import TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
+from gdagrow.formats.torch_dtypes import DTYPES
 from tests.checkpoints import write_checkpoint
 from tests.dcp_ranks import run_jobs
 from tests.growths import RANDOM
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ("torch.distributed is disabled", "Detected an")]
-CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def targets(state: Mapping[str, torch.Tensor]) -> list[TargetTensor]:

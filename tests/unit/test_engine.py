@@ -9,16 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gdagrow.growth
 import gdagrow.streaming
 from gdagrow.axes import AxisMaps, IndexMap, parse
 from gdagrow.engine import grow_moment, grow_rows, grow_tensor
 from gdagrow.expand import expand
+from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.growth import TensorGrowth, block_rows
-from gdagrow.output import weights_output
+from gdagrow.output import GrownTensor, weights_output
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from gdagrow.split import Noise
+from gdagrow.streaming import Grower
 from tests.checkpoints import write_checkpoint
 from tests.growths import RANDOM
 
@@ -84,6 +88,45 @@ def test_moments_are_divided_by_the_copies_of_what_is_written(growth: TensorGrow
     # One rounding for each division, in whatever order.
     assert torch.allclose(grown, expected, rtol=4 * torch.finfo(torch.float64).eps, atol=0)
     assert grown.shape == growth.shape
+
+
+class Held:
+    """A reader of tensors that are in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        return self._tensors[name][begin:end]
+
+
+@settings(RANDOM, max_examples=60)
+@given(st.lists(st.tuples(growths(), st.sampled_from([1, 2, None])), min_size=1, max_size=4), st.data())
+def test_moments_do_not_depend_on_chunks_and_threads(
+    wanted: list[tuple[TensorGrowth, int | None]], data: st.DataObject
+) -> None:
+    """Chunks of one row and of several, kept for further copies or grown anew, give the same bytes."""
+    code = data.draw(st.sampled_from(["F32", "BF16", "F16"]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    held, tensors, expected = {}, [], b""
+    for number, (growth, power) in enumerate(wanted):
+        name = str(number)
+        shape = [dim.old_size for dim in growth.dims]
+        held[name] = torch.randn(shape, dtype=torch.float32, generator=generator).to(DTYPES[code])
+        files = None if power is None else "held"
+        tensors.append(GrownTensor(name, files, name, code, growth, power=power or 1))
+        grown = grow_moment(growth, held[name] if files else torch.zeros_like(held[name]), power or 1)
+        expected += bytes(tensor_bytes(grown))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gdagrow.growth, "BLOCK_WEIGHTS", 1)
+        patch.setattr(gdagrow.streaming, "CHUNK_BYTES", data.draw(st.integers(1, 40)))
+        patch.setattr(gdagrow.streaming, "KEPT_CHUNKS", data.draw(st.integers(1, 3)))
+        patch.setattr(gdagrow.streaming, "num_workers", lambda: 3)
+        with Grower({"held": Held(held)}, None) as grower:
+            assert b"".join(bytes(chunk) for chunk in grower.chunks(tensors)) == expected
 
 
 NOISE = Noise(snr_db=40.0, seed=3)

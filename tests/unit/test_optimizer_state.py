@@ -20,6 +20,14 @@ GROWTH = make_recipe({"signal": 2, "hidden": 3, "ffn": 2, "noise": 2, "kv": 2, "
 Parameters = Iterable[tuple[str, nn.Parameter]]
 
 
+def with_names_in_wrappers(named: Parameters) -> Any:
+    return [(f"_orig_mod.module.{name.replace('layers.0.', 'layers.0._orig_mod.')}", p) for name, p in named]
+
+
+def with_names_backwards(named: Parameters) -> Any:
+    return list(named)[::-1]
+
+
 def all_in_one(named: Parameters) -> Any:
     return [parameter for _, parameter in named]
 
@@ -58,6 +66,8 @@ def matrices(named: Parameters) -> Any:
 OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
     "AdamW in one group": lambda named: torch.optim.AdamW(all_in_one(named), lr=1e-3),
     "AdamW with names": lambda named: torch.optim.AdamW(with_names(named), lr=1e-3),
+    "AdamW with names in wrappers": lambda named: torch.optim.AdamW(with_names_in_wrappers(named), lr=1e-3),
+    "AdamW with names in an order of its own": lambda named: torch.optim.AdamW(with_names_backwards(named), lr=1e-3),
     "AdamW as transformers deals it out": lambda named: torch.optim.AdamW(as_transformers(named), lr=1e-3, fused=True),
     "AdamW without decay of any norm": lambda named: torch.optim.AdamW(every_norm(named), lr=1e-3),
     "AMSGrad": lambda named: torch.optim.AdamW(matrices_and_the_rest(named), lr=1e-3, amsgrad=True),
@@ -100,7 +110,11 @@ def test_every_moment_is_grown_and_every_step_kept(
     grow_checkpoint(tmp_path / "source", tmp_path / "grown", GROWTH)
     grown_model = load_model(tmp_path / "grown")
     grown = optimizer_of(grown_model.named_parameters())
-    grown.load_state_dict(torch.load(tmp_path / "grown" / "optimizer.pt", weights_only=True))
+    tree = torch.load(tmp_path / "grown" / "optimizer.pt", weights_only=True)
+    for group, stored in zip(grown.param_groups, tree["param_groups"], strict=True):
+        names = [name.replace("_orig_mod.", "").replace("module.", "") for name in group.get("param_names", [])]
+        assert stored.get("param_names", []) == names
+    grown.load_state_dict(tree)
     before, after = state_by_name(model, optimizer), state_by_name(grown_model, grown)
     assert before.keys() == after.keys() != set()
     for tensor in growing.plan.tensors:
@@ -126,8 +140,9 @@ def test_moments_in_bf16_and_of_tied_embeddings(tmp_path: Path) -> None:
     assert kept[0]["exp_avg"].dtype == torch.bfloat16
 
 
-def test_a_head_that_is_untied_joins_the_group_of_its_embedding(tmp_path: Path) -> None:
-    adamw = OPTIMIZERS["AdamW as transformers deals it out"]
+@pytest.mark.parametrize("dealt", ["as transformers deals it out", "with names"])
+def test_a_head_that_is_untied_joins_the_group_of_its_embedding(tmp_path: Path, dealt: str) -> None:
+    adamw = OPTIMIZERS[f"AdamW {dealt}"]
     trained(tmp_path / "source", adamw, tied=True)
     for policy in ("auto", "carry"):
         grow_checkpoint(
@@ -139,7 +154,10 @@ def test_a_head_that_is_untied_joins_the_group_of_its_embedding(tmp_path: Path) 
         missing = model.state_dict().keys() - state_by_name(model, optimizer).keys()
         assert missing == ({"model.embed_tokens.weight", "lm_head.weight"} if policy == "auto" else set())
     names = [name for group in read_optimizer(read_header(tmp_path / "carry")).groups for name in group]
-    assert names.index("lm_head.weight") < names.index("model.norm.weight"), "the head decays, the norm does not"
+    if dealt == "with names":
+        assert names[-1] == "lm_head.weight"
+    else:
+        assert names.index("lm_head.weight") < names.index("model.norm.weight"), "the head decays, the norm does not"
 
 
 def test_what_cannot_be_carried_is_reset_and_named(tmp_path: Path) -> None:
@@ -167,6 +185,34 @@ def test_reset_leaves_nothing_but_the_groups(tmp_path: Path) -> None:
         {},
         len(load_model(tmp_path / "grown").state_dict()),
     )
+
+
+def without_betas(groups: list[dict[str, Any]]) -> None:
+    del groups[0]["betas"]
+
+
+def betas_of_tensors(groups: list[dict[str, Any]]) -> None:
+    groups[0]["betas"] = torch.tensor(0.9), torch.tensor(0.75)
+
+
+def betas_of_one(groups: list[dict[str, Any]]) -> None:
+    groups[0]["betas"] = 0.9, 1.0
+
+
+@pytest.mark.parametrize(
+    ("edit", "of_matrices", "of_all"), [(without_betas, 0, 2000), (betas_of_tensors, 8, 2000), (betas_of_one, 0, 0)]
+)
+def test_the_warm_up_is_of_the_groups_whose_moments_begin_at_zero(
+    tmp_path: Path, edit: Callable[[list[dict[str, Any]]], None], of_matrices: int, of_all: int
+) -> None:
+    # Matrices, of which some lose their moments, in the first group and all else in the second.
+    trained(tmp_path / "source", OPTIMIZERS["AMSGrad"], ratio=4, bias=False)
+    tree = torch.load(tmp_path / "source/optimizer.pt", weights_only=True)
+    edit(tree["param_groups"])
+    torch.save(tree, tmp_path / "source/optimizer.pt")
+    for policy, steps in (("auto", of_matrices), ("reset", of_all)):
+        growing = prepare_growth(tmp_path / "source", make_recipe({"noise": 2}), moments=policy)
+        assert growing.output.record["warm_up"]["steps"] == steps
 
 
 def test_the_same_growth_writes_the_same_optimizer_file(tmp_path: Path) -> None:

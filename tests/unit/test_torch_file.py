@@ -106,6 +106,20 @@ def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_is_nested_too_deeply(tmp_path: Path) -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    torch.save(TREE, tmp_path / "whole.pt")
+    for number, octets in enumerate((pickle.dumps(itself, 2), b"\x80\x02)" + b"\x85" * 20_000 + b".")):
+        path = tmp_path / f"{number}.pt"
+        with zipfile.ZipFile(tmp_path / "whole.pt") as archive, zipfile.ZipFile(path, "w") as changed:
+            for record in archive.infolist():
+                is_tree = record.filename.endswith("data.pkl")
+                changed.writestr(record.filename, octets if is_tree else archive.read(record))
+        with pytest.raises(CheckpointError, match="nested too deeply"):
+            read_torch_file(path)
+
+
 def test_what_is_no_such_file(tmp_path: Path) -> None:
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match="not a file in torch's zip format"):
@@ -120,6 +134,12 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
             packed.writestr(record.filename, archive.read(record), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match=r"packed.pt is compressed"):
         read_torch_file(tmp_path / "packed.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as archive, zipfile.ZipFile(tmp_path / "big.pt", "w") as big:
+        for record in archive.infolist():
+            octets = b"big" if record.filename.endswith("/byteorder") else archive.read(record)
+            big.writestr(record.filename, octets)
+    with pytest.raises(CheckpointError, match="on a big-endian machine"):
+        read_torch_file(tmp_path / "big.pt")
     with pytest.raises(CheckpointError, match="cannot be read \\(No such file"):
         read_torch_file(tmp_path / "missing.pt")
     for stop in (0, 100, len(content) // 2, len(content) - 1):

@@ -78,12 +78,16 @@ def read_dcp(directory: Path, config: Path | None = None, place: str = "") -> Dc
         CheckpointError: the metadata is damaged or unsafe (see `read_metadata`), there is no config, or a tensor is
             no weight or moment of the model that the config describes (all of them are named).
     """
-    return read_described(directory, read_config(directory, config), place)
-
-
-def read_described(directory: Path, config: Mapping[str, Any], place: str = "") -> DcpHeader:
-    """Read a DCP directory's metadata as `read_dcp` does; `config` is what the model's `config.json` says."""
     stored = read_metadata(directory / place)
+    return _described(directory, read_config(directory, config), stored, place)
+
+
+def read_beside(header: DcpHeader, place: str) -> DcpHeader:
+    """Read another DCP directory of the same checkpoint and model, as `read_dcp` does."""
+    return _described(header.directory, header.config, read_metadata(header.directory / place), place)
+
+
+def _described(directory: Path, config: Mapping[str, Any], stored: DcpMetadata, place: str) -> DcpHeader:
     architecture = architecture_of(config)
     names = name_keys(stored, _parameters(architecture, config))
     tensors = {name: _info(stored.tensors[key], name) for name, key in names.weights.items()}

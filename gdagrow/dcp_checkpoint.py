@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from gdagrow.axes import IndexMap
-from gdagrow.dcp import DcpHeader, read_described
+from gdagrow.dcp import DcpHeader, read_beside
 from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.formats.dcp_layout import plan_dcp
@@ -85,7 +85,7 @@ def read_trees(header: Header) -> tuple[DcpHeader, ...]:
     if not is_dcp(header.directory / SHARDED_OPTIMIZER):
         require_optimizer(header.directory, SHARDED_OPTIMIZER)
         return (header,)
-    return header, read_described(header.directory, header.config, SHARDED_OPTIMIZER)
+    return header, read_beside(header, SHARDED_OPTIMIZER)
 
 
 def _grown_tree(

@@ -12,6 +12,7 @@ from gdagrow.costs import growth_figures
 from gdagrow.formats.publish import Companions, SkippedFile, list_companions
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.growing import Growing
+from gdagrow.moments import Moments
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE
 from gdagrow.units import bytes_text
@@ -111,6 +112,8 @@ def print_state(console: Console, growing: Growing) -> None:
     reset: dict[str, list[str]] = {}
     for parameter, reason in optimizer["reset"].items():
         reset.setdefault(reason, []).append(parameter.removeprefix("model.layers.{layer}."))
+    if optimizer["moments"] == Moments.reset:
+        reset = {"asked for": ["all"]}
     lines += [f"begin at zero ({reason}): {', '.join(parameters)}" for reason, parameters in reset.items()]
     if warm_up["steps"]:
         lines.append(f"proposed warm-up: {warm_up['steps']:,} steps ({warm_up['because']})")

@@ -83,7 +83,7 @@ def recorded_maps(grown: Path, before: Sizes, after: Sizes, *, untied: bool) -> 
         untied: Whether the source's embeddings are tied and the grown model's are not.
 
     Returns:
-        None if there is no such file.
+        None if there is no such file, or it tells how both came to be, as after a copy or a conversion.
 
     Raises:
         CheckpointError: the lineage is none of a growth that preserves the function, or not of these two models.
@@ -110,6 +110,8 @@ def recorded_maps(grown: Path, before: Sizes, after: Sizes, *, untied: bool) -> 
                 "at once; check each growth against its own source"
             )
         return _maps(made, before, after)
+    if _widths(before) == _widths(after):
+        return None
     raise CheckpointError(
         f"{path}: its lineage leads back to {_told(widths)}, not to the source with {_told(_widths(before))}; "
         f"{_WAYS_OUT}"

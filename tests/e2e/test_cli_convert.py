@@ -60,6 +60,18 @@ def test_there_and_back_again(tied: bool, size: str, tmp_path: Path, capsys: pyt
     assert not any((there / name).exists() for name in TRAINING_STATE)
 
 
+def test_a_converted_copy_of_a_grown_model_is_that_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its growth.json comes along, and tells of a growth that does not lie between the two."""
+    write_checkpoint(tmp_path / "source")
+    call(capsys, "expand", tmp_path / "source", tmp_path / "grown", "--signal-x2", "--hidden-x2")
+    convert(capsys, tmp_path / "grown", tmp_path / "dcp", "--to", "dcp")
+    outcome = call(capsys, "diff", tmp_path / "grown", tmp_path / "dcp", "--weights")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "the same function: every weight folds back onto the source, bit for bit" in outcome.out
+    outcome = call(capsys, "diff", tmp_path / "source", tmp_path / "dcp", "--weights")
+    assert "maps from growth.json" in outcome.out
+
+
 def test_torch_loads_it_into_what_a_model_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "source")
     convert(capsys, tmp_path / "source", tmp_path / "dcp", "--to", "dcp", "--quiet")

@@ -219,6 +219,7 @@ def test_reset_needs_no_moments_that_can_be_grown(source: Path, capsys: pytest.C
     unknown_moments(source)
     outcome = call(capsys, "expand", source, source.parent / "grown", "--signal-x2", "--moments", "reset")
     assert (outcome.code, outcome.err) == (0, "")
+    assert "\n  begin at zero (asked for): all\n" in outcome.out
     assert torch.load(source.parent / "grown/optimizer.pt", weights_only=True)["state"] == {}
 
 

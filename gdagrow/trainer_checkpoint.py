@@ -65,7 +65,7 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
         files={**weights.files, **files},
         carried=carried,
         record=moments_record(planned, moments, schedule, _beta2(tree)),
-        hints=(*weights.hints, *(_hints(directory) if schedule is Schedule.keep else ())),
+        hints=(*weights.hints, *_hints(directory, schedule)),
     )
 
 
@@ -182,8 +182,10 @@ def _restarted(directory: Path, carried: frozenset[str]) -> dict[str, bytes]:
     return files
 
 
-def _hints(directory: Path) -> Iterator[str]:
-    if (directory / STATE_FILE).exists():
+def _hints(directory: Path, schedule: Schedule) -> Iterator[str]:
+    if not (directory / SCHEDULER_FILE).exists():
+        yield f"there is no {SCHEDULER_FILE}, without which the Trainer restores no optimizer either"
+    if schedule is Schedule.keep and (directory / STATE_FILE).exists():
         state = _trainer_state(directory)
         step, last = state.get("global_step"), state.get("max_steps")
         if isinstance(step, int) and isinstance(last, int) and 0 < last <= step:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from gdagrow.checkpoint import read_checkpoint
+from gdagrow.dcp import DcpHeader
+from gdagrow.errors import CheckpointError
 from gdagrow.export import Export, export
-from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stderr_console, stdout_console
@@ -22,7 +24,11 @@ def run_export(checkpoint: Path, out: Path, *, with_code: bool, as_json: bool, q
     Raises:
         GdagrowError: the checkpoint cannot be read or be exported so, or the output cannot be written.
     """
-    header = read_header(checkpoint)
+    header = read_checkpoint(checkpoint)
+    if isinstance(header, DcpHeader):
+        raise CheckpointError(
+            f"{checkpoint} is a distributed checkpoint; gdagrow convert --to safetensors makes a model directory of it"
+        )
     start = time.monotonic()
     with _progress(header.num_bytes, shown=not as_json and not quiet) as advance:
         exported = _export_or_stop(header, out, with_code, advance)

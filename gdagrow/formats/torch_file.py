@@ -187,6 +187,8 @@ def _located(path: Path, name: str, tensor: Tensor, file_bytes: int) -> TensorIn
 
 
 def _require_plain_zip(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file; restore it")
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()

@@ -91,6 +91,9 @@ def test_diff_and_inspect_read_distributed_checkpoints(grown: Path, capsys: pyte
         assert outcome.code == 0, outcome
     outcome = call(capsys, "diff", grown / "dcp", grown / "whole", "--weights")
     assert outcome.code == 0, outcome
+    outcome = call(capsys, "export", grown / "grown", grown / "exported")
+    assert outcome.code == 2
+    assert "gdagrow convert --to safetensors makes a model directory of it" in outcome.err
 
 
 def test_reset_writes_zeros_for_the_ranks_to_load(grown: Path) -> None:

@@ -120,6 +120,11 @@ def no_optimizer(source: Path) -> None:
     (source / "optimizer.pt").unlink()
 
 
+def a_pipe(source: Path) -> None:
+    (source / "optimizer.pt").unlink()
+    os.mkfifo(source / "optimizer.pt")
+
+
 def a_link_outside(source: Path) -> None:
     os.replace(source / "optimizer.pt", source.parent / "elsewhere.pt")
     (source / "optimizer.pt").symlink_to(source.parent / "elsewhere.pt")
@@ -146,6 +151,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no optimizer's file": (not_an_optimizer, "expected the state_dict of one torch optimizer"),
     "code": (code, "it was not run"),
     "a schedule alone": (no_optimizer, "has scheduler.pt and no optimizer.pt"),
+    "a pipe": (a_pipe, "optimizer.pt is not a regular file"),
     "a link outside": (a_link_outside, "a link that leads out of its checkpoint directory"),
 }
 
@@ -213,6 +219,12 @@ def test_a_run_at_its_last_step_is_told(source: Path, capsys: pytest.CaptureFixt
     outcome = call(capsys, "plan", source, "--signal-x2")
     assert "the run is at step 10 of 10" in outcome.out.replace("\n", " ")
     assert "the run is at step" not in call(capsys, "plan", source, "--signal-x2", "--schedule", "restart").out
+
+
+def test_an_optimizer_without_a_schedule_is_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "scheduler.pt").unlink()
+    told = call(capsys, "plan", source, "--signal-x2").out.replace("\n", " ")
+    assert "there is no scheduler.pt, without which the Trainer restores no optimizer either" in told
 
 
 def test_reset_needs_no_moments_that_can_be_grown(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,7 +223,7 @@ def test_a_run_at_its_last_step_is_told(source: Path, capsys: pytest.CaptureFixt
 
 def test_an_optimizer_without_a_schedule_is_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (source / "scheduler.pt").unlink()
-    told = call(capsys, "plan", source, "--signal-x2").out.replace("\n", " ")
+    told = " ".join(call(capsys, "plan", source, "--signal-x2").out.split())
     assert "there is no scheduler.pt, without which the Trainer restores no optimizer either" in told
 
 

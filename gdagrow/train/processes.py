@@ -27,11 +27,15 @@ class Processes:
     def __init__(self, recipe: TrainRecipe) -> None:
         self.number = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self._on_cpu = on_cpu(recipe)
         self._patient: Any = None
+
+    def meet(self) -> None:
+        """Begin to talk with the others; one that ends before all have met leaves them without a word."""
         if self.count > 1:
             from accelerate import PartialState  # type: ignore[import-untyped]
 
-            PartialState(cpu=on_cpu(recipe))
+            PartialState(cpu=self._on_cpu)
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     @property

@@ -82,6 +82,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     processes = Processes(recipe)
     shares_of(recipe, processes.count)  # refuses a batch that does not divide
     start = headers_of(recipe)[0]  # refuses what cannot grow so
+    processes.meet()
     vocab = architecture_of(start.config).sizes(start.config).vocab
     if processes.is_first:
         if not (run / TOKENS).exists() or restart:

@@ -152,6 +152,8 @@ def _misshapen(state: OptimizerState, parameters: Mapping[str, TensorInfo]) -> l
 
 def _require_moments(state: OptimizerState) -> None:
     problems, by_name = [], state.by_name
+    if not any(by_name.values()) and all(group.get("momentum") == 0 for group in state.tree["param_groups"]):
+        return  # SGD without momentum keeps nothing
     # What an optimizer keeps, it keeps for all parameters of a group.
     expected = {name: {key for each in group for key in by_name[each]} for group in state.groups for name in group}
     for name, kept in by_name.items():

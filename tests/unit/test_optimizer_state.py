@@ -73,6 +73,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
     "AMSGrad": lambda named: torch.optim.AdamW(matrices_and_the_rest(named), lr=1e-3, amsgrad=True),
     "NAdam": lambda named: torch.optim.NAdam(all_in_one(named), lr=1e-3),
     "SGD": lambda named: torch.optim.SGD(matrices_and_the_rest(named), lr=1e-3, momentum=0.9),
+    "SGD without momentum": lambda named: torch.optim.SGD(all_in_one(named), lr=1e-3),
     "Muon": lambda named: torch.optim.Muon(matrices(named), lr=1e-3),
     "Muon without embedding and head": lambda named: torch.optim.Muon(hidden_matrices(named), lr=1e-3),
     "a rate on the device": lambda named: torch.optim.AdamW(
@@ -116,7 +117,8 @@ def test_every_moment_is_grown_and_every_step_kept(
         assert stored.get("param_names", []) == names
     grown.load_state_dict(tree)
     before, after = state_by_name(model, optimizer), state_by_name(grown_model, grown)
-    assert before.keys() == after.keys() != set()
+    assert before.keys() == after.keys()
+    assert bool(before) == (optimizer.defaults.get("momentum") != 0)
     for tensor in growing.plan.tensors:
         for key, value in before.get(tensor.name, {}).items():
             expected = grow_moment(tensor.growth, value, POWERS[key]) if key in POWERS else value

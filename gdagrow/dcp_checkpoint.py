@@ -4,6 +4,7 @@ import io
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -74,7 +75,13 @@ def dcp_output(plan: GrowthPlan, *, moments: Moments, schedule: Schedule, max_fi
         files={**output.files, **files},
         carried=carried,
         record=moments_record(planned, moments, schedule, beta2) if state.moments else {},
+        hints=tuple(_hints(plan.header.directory)),
     )
+
+
+def _hints(directory: Path) -> Iterator[str]:
+    if directory.name == SHARDED_WEIGHTS and is_dcp(directory.parent / SHARDED_OPTIMIZER):
+        yield f"only weights are in {directory}; give {directory.parent} to grow the optimizer beside them as well"
 
 
 def read_trees(header: Header) -> tuple[DcpHeader, ...]:

@@ -255,3 +255,18 @@ def test_sharded_weights_with_a_schedule_alone(source: Path, capsys: pytest.Capt
     outcome = call(capsys, "plan", source, "--signal-x2")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "has scheduler.pt and no optimizer_0" in outcome.err
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_weights_half_of_a_sharded_state_says_where_the_optimizer_is(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_model(source).state_dict()
+    half = source / "pytorch_model_fsdp_0"
+    dcp.save({"model": weights}, checkpoint_id=half, no_dist=True)
+    words = "plan", half, "--signal-x2", "--config", source
+    assert "only weights are in" not in call(capsys, *words).out
+    dcp.save({"optimizer": {"lr": torch.tensor(1e-3)}}, checkpoint_id=source / "optimizer_0", no_dist=True)
+    outcome = call(capsys, *words)
+    assert outcome.code == 0, outcome.err
+    assert "only weights are in" in outcome.out

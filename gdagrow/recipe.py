@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gdagrow.depth import Placement, parse_placement
 from gdagrow.errors import RecipeError
 from gdagrow.heads import MAX_COPIES, Ratio
 
@@ -49,31 +50,78 @@ def parse_ratio(text: str) -> Ratio:
     return Ratio(int(found.group(1)))
 
 
+def _size(value: Any) -> int:
+    """Accept a size of an axis, or a number of layers, also as the text a command line gives."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ValueError(f"expected a whole number of 1 or more, got {value!r}")
+    return value
+
+
+def _more_layers(value: Any) -> int:
+    """Accept a number of layers to add, as `+8` or `8`."""
+    return _size(value.removeprefix("+") if isinstance(value, str) else value)
+
+
+def _placement(value: Any) -> Placement:
+    if isinstance(value, str):
+        return parse_placement(value)
+    if not isinstance(value, Placement):
+        raise ValueError(f"expected even, top, bottom or after:3,7,11, got {value!r}")
+    return value
+
+
+def _selection(value: Any) -> str:
+    """Accept `first`, `norm` or `given:FILE`."""
+    if not isinstance(value, str) or not re.fullmatch(r"first|norm|given:.+", value):
+        raise ValueError(f"expected first, norm or given:FILE, got {value!r}")
+    return value
+
+
 Factor = Annotated[int, BeforeValidator(_factor)]
 Signal = Annotated[int | Ratio, BeforeValidator(_signal)]
+Size = Annotated[int, BeforeValidator(_size)]
 
 
 class Recipe(BaseModel):
     """A growth, immutable.
 
     signal: How often each signal head is cloned, or a target ratio `R:1`.
+    select: Which signal heads a target ratio clones once more than others: the `first` of each group, those with the
+        largest `norm` (`gdagrow.selection`), or as a file says (`given:FILE`).
     noise, kv, hidden, ffn: Whole factors for noise heads, KV groups, the residual width and the FFN width.
-    uniform: One factor for all five: the HyperCloning baseline; stands alone.
+    hidden_to, ffn_to: Sizes of the last two instead, which need not be multiples.
+    uniform: One factor for all five: the HyperCloning baseline; stands alone among them.
+    depth, layers: New blocks to add, or how many layers there shall be.
+    insert: Where new blocks go; by default evenly.
+    like: Another model, whose sizes are to be reached: a directory, a `config.json`, or a name (`gdagrow.targets`).
+    rope_theta: Another base of RoPE, which changes the function.
+    max_position_embeddings: What the config shall say of the context.
     to: The layout to convert to before anything grows, or None to keep the source's.
     embeddings: What becomes of tied embeddings: `keep` the tie (the final norm then carries the split) or `untie`.
     exact_copies: Leave copies identical; they then stay identical for ever in training.
     snr_db: How far below the weights the zero-sum noise lies that parts copies, in decibels; up to 20 (10%).
-    seed: Seed of that noise.
+    seed: Seed of that noise, and of weights that are free.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     signal: Signal = 1
+    select: Annotated[str, BeforeValidator(_selection)] | None = None
     noise: Factor = 1
     kv: Factor = 1
     hidden: Factor = 1
     ffn: Factor = 1
+    hidden_to: Size | None = None
+    ffn_to: Size | None = None
     uniform: Factor = 1
+    depth: Annotated[int, BeforeValidator(_more_layers)] | None = None
+    layers: Size | None = None
+    insert: Annotated[Placement, BeforeValidator(_placement)] | None = None
+    like: Annotated[str, Field(min_length=1)] | None = None
+    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_position_embeddings: Size | None = None
     to: Literal["motif"] | None = None
     embeddings: Literal["keep", "untie"] | None = None
     exact_copies: bool = False
@@ -91,11 +139,28 @@ class Recipe(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> "Recipe":
-        asked = [axis for axis in WIDTH_AXES if getattr(self, axis) != 1]
-        if self.uniform != 1 and asked:
-            raise ValueError(f"uniform grows all five axes and stands alone; remove {', '.join(asked)} or uniform")
-        if self.uniform == 1 and not asked and self.embeddings != "untie" and self.to is None:
+    def _says_each_thing_once(self) -> "Recipe":
+        widths = [axis for axis in WIDTH_AXES if getattr(self, axis) != 1]
+        widths += [key for key in ("hidden_to", "ffn_to") if getattr(self, key) is not None]
+        deeper = [key for key in ("depth", "layers") if getattr(self, key) is not None]
+        if self.uniform != 1 and widths:
+            raise ValueError(f"uniform grows all five axes and stands alone; remove {', '.join(widths)} or uniform")
+        if told := [axis for axis in ("hidden", "ffn") if {axis, f"{axis}_to"} <= set(widths)]:
+            raise ValueError(f"{told[0]} and {told[0]}_to both say how wide it shall be; give one of them")
+        if len(deeper) == 2:
+            raise ValueError("depth and layers both say how many layers there shall be; give one of them")
+        sizes = ["uniform"] * (self.uniform != 1) + widths + deeper
+        if self.like is not None and sizes:
+            raise ValueError(f"like says all sizes; remove {', '.join(sizes)} or like")
+        if self.insert is not None and self.insert.where != "after" and not deeper and self.like is None:
+            raise ValueError(f"insert {self.insert}: how many new blocks? add depth: 8, or layers: 40")
+        if self.select is not None and self.like is None and not isinstance(self.signal, Ratio):
+            raise ValueError(
+                "select says which signal heads a target ratio clones once more than others; give a ratio, such as "
+                "signal: 4:1, or leave it out"
+            )
+        others = (self.insert, self.like, self.to, self.rope_theta, self.max_position_embeddings)
+        if not sizes and self.embeddings != "untie" and all(other is None for other in others):
             raise ValueError("no growth asked for; give at least one factor above 1, such as --signal-x2 or signal: 2")
         return self
 
@@ -108,16 +173,27 @@ class Recipe(BaseModel):
     def label(self) -> str:
         """A short name of the growth, for the default output directory: `signal-x2`, `to-motif-ratio-4to1`."""
         parts = [f"to-{self.to}"] * (self.to is not None) + [f"uniform-x{self.uniform}"] * (self.uniform != 1)
+        if self.like is not None:
+            parts.append(f"like-{Path(self.like).resolve().name.removesuffix('.json')}")
         if isinstance(self.signal, Ratio):
             parts.append(f"ratio-{self.signal.signal}to1")
         elif self.signal != 1:
             parts.append(f"signal-x{self.signal}")
         parts += [f"{axis}-x{getattr(self, axis)}" for axis in WIDTH_AXES[1:] if getattr(self, axis) != 1]
+        parts += [f"{axis}-{size}" for axis in ("hidden", "ffn") if (size := getattr(self, f"{axis}_to")) is not None]
+        if self.layers is not None:
+            parts.append(f"layers-{self.layers}")
+        elif self.depth is not None or self.insert is not None:
+            parts.append(f"depth-plus-{self.depth or len(self.insert.layers if self.insert else ())}")
+        if self.rope_theta is not None:
+            parts.append(f"theta-{self.rope_theta:g}")
+        if self.max_position_embeddings is not None:
+            parts.append(f"context-{self.max_position_embeddings}")
         return "-".join(parts + ["untied"] * (self.embeddings == "untie"))
 
     def as_dict(self) -> dict[str, Any]:
         """What was asked for, without what was left at its default; `make_recipe` reads it back."""
-        return {key: str(value) if isinstance(value, Ratio) else value
+        return {key: str(value) if isinstance(value, Ratio | Placement) else value
                 for key in sorted(self.model_fields_set) if (value := getattr(self, key)) is not None}  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from gdagrow.heads import Ratio
 from gdagrow.recipe import DEFAULT_SNR_DB, Recipe, make_recipe, parse_ratio, read_recipe
 
 _GROWTH: Final = "Growth (--signal-x 2 may be written --signal-x2, and so for all)"
+_TARGET: Final = "A target instead"
+_DEPTH: Final = "Depth"
 _COPIES: Final = "How copies are told apart"
 
 
@@ -38,7 +40,24 @@ _FLAGS: Final[Mapping[str, Any]] = {
     "ffn": _factor("--ffn-x", "Widen the FFN N times."),
     "uniform": _factor("--uniform-x", "All five N times: the HyperCloning baseline; stands alone."),
     "head_dim": _factor("--head-dim-x", "Cannot grow, and says why.", hidden=True),
+    "signal_any": _text("--signal", "N|R:1", "Either of --signal-x N and --ratio R:1.", _GROWTH),
     "ratio": _text("--ratio", "R:1", "Clone signal heads up to R for each noise head, instead of --signal-x.", _GROWTH),
+    "select": _text(
+        "--select", "WHICH", "Which heads --ratio clones once more than others: first (default), norm, given:FILE.",
+        _GROWTH,
+    ),
+    "hidden_to": _text("--hidden-to", "N", "Widen the residual stream to N, which need be no multiple.", _GROWTH),
+    "ffn_to": _text("--ffn-to", "N", "Widen the FFN to N, which need be no multiple.", _GROWTH),
+    "depth": _text("--depth", "+K", "Add K blocks.", _DEPTH),
+    "layers": _text("--layers", "N", "Add blocks until there are N layers.", _DEPTH),
+    "insert": _text(
+        "--insert", "WHERE", "Where they go: even (default), top, bottom, or after:3,7,11 (layers of CKPT).", _DEPTH
+    ),
+    "like": _text(
+        "--like", "TARGET", "Grow to the sizes of another model: a directory, a config.json, or motif-2-12.7b.", _TARGET
+    ),
+    "rope_theta": _text("--rope-theta", "X", "Change the base of RoPE, and so the function.", _TARGET),
+    "context": _text("--context", "N", "Write max_position_embeddings N; nothing else changes.", _TARGET),
     "to": _text("--to", "LAYOUT", "Convert to another layout first: motif (from diffllama), for any ratio.", _GROWTH),
     "recipe_file": _text("--recipe", "FILE", "Read the growth from a YAML file; flags override its fields.", _GROWTH),
     "untie": _switch("--untie/--keep-tied", "What becomes of tied embeddings; by default they stay tied.", _GROWTH),
@@ -51,6 +70,8 @@ _FLAGS: Final[Mapping[str, Any]] = {
 _FIELDS: Final = {
     **{axis: f"--{axis}-x" for axis in ("signal", "noise", "kv", "hidden", "ffn", "uniform")},
     "head_dim": "--head-dim-x", "to": "--to", "exact_copies": "--exact-copies", "snr_db": "--snr-db", "seed": "--seed",
+    "select": "--select", "hidden_to": "--hidden-to", "ffn_to": "--ffn-to", "depth": "--depth", "layers": "--layers",
+    "insert": "--insert", "like": "--like", "rope_theta": "--rope-theta",
 }  # fmt: skip
 
 _GLUED: Final = re.compile(r"(--(?:signal|noise|kv|hidden|ffn|uniform|head-dim)-x)([^=].*)", re.DOTALL)
@@ -92,17 +113,29 @@ def recipe_from(typed: Mapping[str, Any]) -> Recipe:
     values = read_recipe(Path(file)) if file is not None else {}
     given = {field: flag for field, flag in _FIELDS.items() if typed[field] not in (None, False)}
     values |= {field: typed[field] for field in given}
-    if typed["ratio"] is not None:
-        values["signal"] = _ratio(typed)
+    if (signal := _signal(typed)) is not None:
+        values["signal"] = signal
+    if typed["context"] is not None:
+        values["max_position_embeddings"], given["max_position_embeddings"] = typed["context"], "--context"
     if typed["untie"] is not None:
         values["embeddings"] = "untie" if typed["untie"] else "keep"
     return make_recipe(values, "growth" if file is None else f"recipe {file}", given)
 
 
-def _ratio(typed: Mapping[str, Any]) -> Ratio:
-    if typed["signal"] is not None:
-        raise RecipeError("--ratio and --signal-x both say how many signal heads there shall be; give one of them")
-    try:
-        return parse_ratio(typed["ratio"])
-    except RecipeError as error:
-        raise RecipeError(f"--ratio: {error}") from None
+def _signal(typed: Mapping[str, Any]) -> str | Ratio | None:
+    """What `--signal` or `--ratio` says, at most one of which may stand beside `--signal-x`."""
+    flags: dict[str, str | None] = {
+        "--signal": typed["signal_any"], "--ratio": typed["ratio"], "--signal-x": typed["signal"],
+    }  # fmt: skip
+    given = [(flag, value) for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise RecipeError(
+            f"{given[0][0]} and {given[1][0]} both say how many signal heads there shall be; give one of them"
+        )
+    for flag, value in given:
+        if flag == "--ratio" or (flag == "--signal" and ":" in value):
+            try:
+                return parse_ratio(value)
+            except RecipeError as error:
+                raise RecipeError(f"{flag}: {error}") from None
+    return flags["--signal"]

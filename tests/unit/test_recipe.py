@@ -126,8 +126,9 @@ def test_as_dict_reads_back(values: dict[str, Any]) -> None:
         ),
         (
             {"signals": 2, "signal": 2},
-            "unknown key 'signals', expected one of signal, noise, kv, hidden, ffn, uniform, to, embeddings, "
-            "exact_copies, snr_db, seed",
+            "unknown key 'signals', expected one of signal, select, noise, kv, hidden, ffn, hidden_to, ffn_to, "
+            "uniform, depth, layers, insert, like, rope_theta, max_position_embeddings, to, embeddings, exact_copies, "
+            "snr_db, seed",
         ),
         ({"signal": 2, "embeddings": "drop"}, "embeddings: input should be 'keep' or 'untie', got 'drop'"),
         ({"signal": 2, "snr_db": 19}, "snr_db: input should be greater than or equal to 20, got 19"),

@@ -16,12 +16,12 @@ from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
 from gdagrow.axes import IndexMap, parse, size_of
 from gdagrow.coordinates import reordering
+from gdagrow.deeper import moved_lambdas
 from gdagrow.errors import CheckpointError
 from gdagrow.header import Header
 from gdagrow.lambda_init import moved_norm
 from gdagrow.rows import in_model_order
 from gdagrow.views import Derived, Made, Seen, view
-from gdagrow.deeper import moved_lambdas
 
 # DiffLlama's layer `i` has the lambda_init of Motif's layer `i + INDEX_SHIFT`.
 INDEX_SHIFT: Final = 1
@@ -29,7 +29,7 @@ INDEX_SHIFT: Final = 1
 _SOURCE, _TARGET = DiffLlama(), Motif()
 # Keys that only DiffLlama's code reads, or that name that code.
 _LEFT_OUT = ("architectures", "auto_map", "attention_bias", "lambda_std_dev", "rope_scaling", "rope_parameters")
-_MADE = "it is made in the conversion, from another value"
+MADE = "it is made in the conversion, from another value"
 _DEFAULT_ROPE_THETA = 10000.0  # of DiffLlamaConfig
 
 
@@ -58,12 +58,12 @@ def as_motif(header: Header) -> Header:
         elif name in header.tensors:
             derived[name] = Seen(name, _order_of_rows(stored_rows[row.name], row, sizes))
     for layer in range(sizes.num_layers):
-        derived |= moved_lambdas(_TARGET, layer, old=layer + INDEX_SHIFT, new=layer, size=sizes.head_dim, anew=_MADE)
+        derived |= moved_lambdas(_TARGET, layer, old=layer + INDEX_SHIFT, new=layer, size=sizes.head_dim, anew=MADE)
     return view(header, config, derived)
 
 
 def _constant(size: int, value: float) -> Made:
-    return Made(size, (), lambda: [value] * size, _MADE)
+    return Made(size, (), lambda: [value] * size, None, MADE)
 
 
 def _order_of_rows(stored: Parameter, wanted: Parameter, sizes: Sizes) -> IndexMap | None:

@@ -16,8 +16,7 @@ from gdagrow.lambda_init import moved, moved_norm, vectors_that_move
 from gdagrow.rows import in_model_order
 from gdagrow.views import Derived, Made, Seen, Zeros, view
 
-
-_NEW: Final = "its block is new"
+NEW_BLOCK: Final = "its block is new"
 _MOVED: Final = "it makes up for the change of its layer's lambda_init"
 
 
@@ -46,7 +45,7 @@ def deepened(header: Header, architecture: Architecture, layers: Layers) -> Head
             is_new = row.is_layered and layer in layers.new
             is_silent = is_new and writes_the_stream(row)
             derived[row.name.format(layer=layer)] = (
-                Zeros(under, _NEW) if is_silent else Seen(under, anew=_NEW if is_new else None)
+                Zeros(under, NEW_BLOCK) if is_silent else Seen(under, anew=NEW_BLOCK if is_new else None)
             )
     for layer in layers.moved:
         derived |= _moved_layer(header, architecture, layers.source[layer], layer)
@@ -62,7 +61,7 @@ def _moved_layer(header: Header, architecture: Architecture, old: int, new: int)
     assert architecture.subln is not None
     under, factor = architecture.subln.format(layer=old), moved_norm(old, new)
     size = header.tensors[under].num_elements
-    subln = Made(size, (under,), lambda gains: [gain * factor for gain in gains], None, factor)
+    subln = Made(size, (under,), lambda gains: [gain * factor for gain in gains], under, None, factor)
     head_dim = header.tensors[architecture.lambdas.format(layer=old, name="lambda_q1")].num_elements
     lambdas = moved_lambdas(architecture, new, old=old, new=new, size=head_dim, anew=_MOVED, under=old)
     return {architecture.subln.format(layer=new): subln, **lambdas}
@@ -88,7 +87,7 @@ def moved_lambdas(
         return lambda query, key: moved(query, key, old, new)[which]
 
     return {
-        architecture.lambdas.format(layer=layer, name=name): Made(size, names, making(which), anew)
+        architecture.lambdas.format(layer=layer, name=name): Made(size, names, making(which), names[which], anew)
         for which, name in enumerate(pair)
     }
 

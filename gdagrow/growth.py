@@ -19,9 +19,9 @@ class Fill(Enum):
     mean = "mean"
 
 
-# What of a fresh feature is zero, so that it adds nothing. In the residual stream it is what writes it: whatever reads it
-# is free, and sends back a gradient. In the FFN it is what reads it: its two writers multiply each other, and would stay
-# zero for ever if both were.
+# What of a fresh feature is zero, so that it adds nothing. In the residual stream it is what writes it: what reads it
+# is free, and sends back a gradient. In the FFN it is what reads it: its two writers multiply each other, and would
+# stay zero for ever if both were.
 _SILENT_IF_WRITTEN: Final = {"hidden": True, "ffn": False}
 
 

@@ -31,9 +31,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checkpoint without its weights: `config.json`, every tensor by name, and the shards' own metadata.
-
-    """
+    """A checkpoint without its weights: `config.json`, every tensor by name, and the shards' own metadata."""
 
     directory: Path
     config: Mapping[str, Any]

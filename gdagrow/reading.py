@@ -14,8 +14,8 @@ from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_tensors import DcpTensors
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_reader import TensorReader
-from gdagrow.formats.torch_file import TorchFileHeader, TorchFileReader
 from gdagrow.formats.torch_dtypes import DTYPES
+from gdagrow.formats.torch_file import TorchFileHeader, TorchFileReader
 from gdagrow.formats.weight_files import NO_FILE, RowFiles, RowsInFile, WeightFiles
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.views import Made, Seen, View, Zeros, origin_of
@@ -135,7 +135,7 @@ class ViewRows:
         self._stored = {
             name: origin.name
             for name in view.tensors
-            if (origin := origin_of(view, name)).name is not None and origin.how is None and origin.rows is None
+            if (origin := origin_of(view, name)).name is not None and origin.is_stored and origin.rows is None
         }
 
     def __enter__(self) -> Self:

@@ -1,6 +1,6 @@
 """The rows of an architecture's table that a checkpoint's tensors stand in, and those that they grow into."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdagrow.archs import Architecture, Parameter, Sizes
@@ -98,8 +98,8 @@ def why_moments_are_lost(
 ) -> str | None:
     """Why the optimizer moments of a grown tensor cannot be carried exactly, or None where they can.
 
-    `header`: What is grown, of which the row's source is a tensor; `untied`: whether the source's embeddings are tied and
-    the grown model's are not.
+    `header`: What is grown, of which the row's source is a tensor; `untied`: whether the source's embeddings are tied
+    and the grown model's are not.
     """
     origin = origin_of(header, row.source)
     if origin.anew is not None:

@@ -39,12 +39,14 @@ class Made:
     size: How many numbers it has.
     names: The tensors under the view that it is made from.
     make: Makes its values from theirs.
-    anew: As in `Seen`; None if all that was done is to multiply a tensor by `factor`, as its moments are divided by.
+    like: The one of these in whose place it stands, None if there is none.
+    anew: As in `Seen`; None if all that was done is to multiply that one by `factor`.
     """
 
     size: int
     names: tuple[str, ...]
     make: Callable[..., Sequence[float]]
+    like: str | None
     anew: str | None
     factor: float = 1.0
 
@@ -95,11 +97,11 @@ def _form(under: Header, name: str, how: Derived) -> TensorInfo:
 class Origin:
     """What a tensor of a header is, through all its views.
 
-    name: The stored tensor that it is, or is made from.
+    name: The stored tensor that it is, or in whose place it stands; None if there is none.
     rows: The order in which its rows are stored, if it is another.
     factor: What its values were multiplied by.
-    anew: Why there are no moments of the stored tensor that are its own, or None.
-    is_stored: Whether its values are the stored ones, in whatever order.
+    anew: Why the moments of that tensor are not its own, or None.
+    is_stored: Whether its values are those of that tensor, in whatever order.
     """
 
     name: str | None
@@ -109,18 +111,16 @@ class Origin:
     is_stored: bool = True
 
 
-def origin_of(header: Header, name: str) -> Origin:
-    """Find out what a tensor of a header is."""
-    if not isinstance(header, View):
+def origin_of(header: Header, name: str, below: Header | None = None) -> Origin:
+    """Find out what a tensor of a header is, in what is stored, or in the header `below` all views that count."""
+    if header is below or not isinstance(header, View):
         return Origin(name)
     how = header.derived[name]
-    if isinstance(how, Zeros):
-        return Origin(None, anew=how.anew, is_stored=False)
+    under = how.name if isinstance(how, Seen) else how.like
+    found = Origin(None) if under is None else origin_of(header.under, under, below)
+    anew = how.anew or found.anew
     if isinstance(how, Seen):
-        found = origin_of(header.under, how.name)
         assert how.rows is None or found.rows is None, f"the rows of {name} are reordered twice"
-        return replace(found, rows=how.rows or found.rows, anew=how.anew or found.anew)
-    if how.anew is not None:
-        return Origin(None, anew=how.anew, is_stored=False)
-    found = origin_of(header.under, how.names[0])
-    return replace(found, factor=how.factor * found.factor, is_stored=False)
+        return replace(found, rows=how.rows or found.rows, anew=anew)
+    factor = how.factor if isinstance(how, Made) else 1.0
+    return replace(found, anew=anew, factor=factor * found.factor, is_stored=False)

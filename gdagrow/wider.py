@@ -1,9 +1,9 @@
 """A checkpoint seen with the gains of a residual stream that gets features of zero beside copies of its own.
 
-RMSNorm averages over all features: `m` copies of `h` features among `h'` in all have `m h / h'` times the mean square, so
-that what the norm puts out is larger by the root of its inverse, which the gains take back, and eps counts for more, which
-the config takes back (growth-math 3.3). Gains are float64 whatever the checkpoint's dtype is: a shorter one would round
-them.
+RMSNorm averages over all features: `m` copies of `h` features among `h'` in all have `m h / h'` times the mean square.
+What the norm puts out is larger by the root of its inverse, which the gains take back, and eps counts for more, which
+the config takes back (growth-math 3.3). Gains are float64 whatever the checkpoint's dtype is: a shorter one would
+round them.
 """
 
 from math import sqrt
@@ -41,7 +41,7 @@ def with_gains(header: Header, architecture: Architecture, hidden: int, new_hidd
     for row, layer in in_model_order(architecture.table(header.config), num_layers):
         name = row.name.format(layer=layer)
         if row.part == "norm":
-            derived[name] = Made(hidden, (name,), lambda gains: [gain * factor for gain in gains], None, factor)
+            derived[name] = Made(hidden, (name,), lambda gains: [gain * factor for gain in gains], name, None, factor)
         elif name in header.tensors:
             derived[name] = Seen(name)
     eps = header.config[architecture.norm_eps]

@@ -79,7 +79,7 @@ class GradientMeter:
     """Holds gradients against what the growth's maps say of them."""
 
     def __init__(self, headers: HeaderPair, lineage: Lineage, *, untied: bool, converted: bool) -> None:
-        """Both `headers` are in Motif's layout, in which the reference model runs; `converted`: only the first is a view."""
+        """Both `headers` are in Motif's layout, in which the model runs; `converted`: only the first is a view."""
         source, grown = headers
         seen = lineage.seen(source)
         architecture = architecture_of(seen.config)

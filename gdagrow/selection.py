@@ -143,7 +143,10 @@ def _column_squares(reader: "RowReader", name: str, num_rows: int, num_columns: 
 
 
 def _sum_of_rows(rows: "Tensor") -> "Tensor":
-    """Add rows half onto half: always in the same order, so that no choice depends on the number of threads."""
+    """Add rows half onto half: in one order, which torch's own sum does not promise, so that all machines rank alike.
+
+    Returns the sum, without the first dimension.
+    """
     while len(rows) > 1:
         half, odd = divmod(len(rows), 2)
         folded = rows[:half] + rows[half : 2 * half]

@@ -98,7 +98,10 @@ def headers_of(recipe: TrainRecipe) -> list[Header]:
     """
     headers = [header_of(recipe.model)]
     for growth in recipe.growth:
-        headers.append(header_of_config(make_plan(headers[-1], growth.expand).config))
+        expand = growth.expand
+        if expand.select == "norm":  # of weights that are not trained yet; sizes do not depend on the choice
+            expand = expand.model_copy(update={"select": None})
+        headers.append(header_of_config(make_plan(headers[-1], expand).config))
     return headers
 
 

@@ -25,7 +25,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out_dir = tmp_path_factory.mktemp("demo") / "new" / "model"
-    result = demo(str(out_dir), "--seconds", "8")
+    result = demo(str(out_dir), "--seconds", "5")
     assert result.returncode == 0, result.stderr
     return out_dir, result.stdout
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "gdagrow"
 ORDER = (
     "errors", "header", "axes", "coordinates", "heads", "depth", "growth", "split", "engine", "recipe", "archs",
     "rows", "formats", "targets", "like", "dcp", "dcp_tensors", "checkpoint", "lambda_init", "convert", "reading",
-    "plan", "record", "units", "layout", "costs", "output", "streaming", "moments", "optimizer_file",
+    "plan", "record", "units", "layout", "costs", "budget", "output", "streaming", "moments", "optimizer_file",
     "trainer_checkpoint", "dcp_checkpoint", "expand", "growing", "format_conversion", "models", "export", "verify",
     "report", "train",
 )  # fmt: skip

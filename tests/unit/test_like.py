@@ -215,7 +215,7 @@ def test_the_same_sizes_are_no_growth() -> None:
 def test_what_any_growth_of_widths_makes_is_derived_again(data: st.DataObject) -> None:
     """The config that a recipe grows is reached by a recipe with the same sizes: the same config, key for key."""
     topology = data.draw(topologies())
-    config = _config(topology)
+    config = config_of(topology)
     grown = make_plan(header(config), make_recipe(data.draw(growths(topology)))).config
     if grown == config:
         return  # it drew a ratio that the source has
@@ -223,7 +223,7 @@ def test_what_any_growth_of_widths_makes_is_derived_again(data: st.DataObject) -
     assert make_plan(header(config), recipe).config == grown
 
 
-def _config(topology: dict[str, Any]) -> dict[str, Any]:
+def config_of(topology: dict[str, Any]) -> dict[str, Any]:
     """The config of `topologies` without biases, which an in-memory header does not have."""
     groups, ratio = topology["groups"], topology["ratio"]
     return SMALL | {

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import gcd, prod
 from typing import Any, Final
 
-from gdagrow.archs import Sizes, architecture_of
+from gdagrow.archs import Parameter, Sizes, architecture_of
 from gdagrow.axes import parse
 from gdagrow.formats.file_layout import FileLayout
 from gdagrow.header import ITEM_BYTES, Header
@@ -19,19 +19,28 @@ PARTS: Final = ("embedding", "attention", "mlp", "norm", "head")
 # Attention is counted for one token that looks back on this many.
 CONTEXT_LENGTH: Final = 4096
 
+# A parameter in training: four float32 numbers.
+TRAINING_BYTES: Final = 4 * 4
+
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """What the figures need of one stored tensor: its part, its arrow notation, its dtype code and its shape."""
+    """What the figures need of a tensor, or of as many alike as there are layers.
+
+    part, notation, dtype: Its part, its arrow notation and its safetensors dtype code.
+    shape: Of one of them.
+    num_alike: How many there are.
+    """
 
     part: str
     notation: str
     dtype: str
     shape: tuple[int, ...]
+    num_alike: int = 1
 
     @property
     def num_elements(self) -> int:
-        return prod(self.shape)
+        return self.num_alike * prod(self.shape)
 
     @property
     def is_matrix(self) -> bool:
@@ -71,6 +80,16 @@ class ModelFigures:
     def num_parameters(self) -> int:
         return sum(self.parameters.values())
 
+    @property
+    def flops_per_token(self) -> int:
+        """Forward, weights and attention."""
+        return self.matmul_flops_per_token + self.attention_flops_per_token
+
+    @property
+    def training_state_bytes(self) -> int:
+        """Weights, gradients and the two moments of Adam, all in float32."""
+        return self.num_parameters * TRAINING_BYTES
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         heads = self.sizes.heads
@@ -109,6 +128,17 @@ def checkpoint_figures(header: Header) -> ModelFigures:
     return _figures(tensors, sizes, header.shard_bytes, tied=architecture.is_tied(header.config))
 
 
+def sized_figures(rows: Mapping[Parameter, str], sizes: Sizes, *, tied: bool) -> ModelFigures:
+    """The figures of a model of any sizes, from its rows and the dtype code of each; it has no files."""
+    tensors = [
+        ModelTensor(
+            row.part, row.notation, dtype, row.parsed.shape(sizes.axes), sizes.num_layers if row.is_layered else 1
+        )
+        for row, dtype in rows.items()
+    ]
+    return _figures(tensors, sizes, {}, tied=tied)
+
+
 def growth_figures(plan: GrowthPlan, layouts: Sequence[FileLayout]) -> GrowthFigures:
     """The figures of a growth that writes these files."""
     tensors = [ModelTensor(t.part, t.notation, t.source.dtype, t.shape) for t in plan.tensors]
@@ -128,7 +158,7 @@ def _figures(tensors: Iterable[ModelTensor], sizes: Sizes, files: Mapping[str, i
         if tensor.is_matrix and (tied or tensor.part != "embedding"):
             multiplied += tensor.num_elements
         if tensor.is_matrix and "kv" in parse(tensor.notation).axes(read=False):
-            cached += tensor.shape[0] * ITEM_BYTES[tensor.dtype]
+            cached += tensor.num_alike * tensor.shape[0] * ITEM_BYTES[tensor.dtype]
     heads = sizes.heads
     shared = gcd(heads.num_groups, heads.num_kv_groups, sizes.ffn)
     return ModelFigures(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.dcp import DcpHeader
 from gdagrow.errors import RecipeError
+from gdagrow.like import with_derived_sizes
 from gdagrow.moments import OPTIMIZER_FILE, Moments, Schedule, require_optimizer
 from gdagrow.output import Output, weights_output
 from gdagrow.plan import GrowthPlan, make_plan
@@ -50,6 +51,7 @@ def prepare_growth(
         GdagrowError: the checkpoint cannot be read, or not be grown so.
     """
     header = read_checkpoint(source, config)
+    recipe = with_derived_sizes(header.config, recipe)
     policy, course = Moments(moments or Moments.auto), Schedule(schedule or Schedule.keep)
     if isinstance(header, DcpHeader):
         if recipe.to is not None:

@@ -9,10 +9,20 @@ import gdagrow
 from gdagrow.formats.kind import Format
 from gdagrow.growing import prepare_growth
 from gdagrow.layout import DEFAULT_MAX_SHARD_SIZE, parse_size
-from gdagrow.recipe import Recipe
+from gdagrow.recipe import Recipe, make_recipe
 from gdagrow_cli.app import app
 from gdagrow_cli.growth_flags import takes_growth
-from gdagrow_cli.options import AsJson, Checkpoint, MaxShardSize, ModelConfig, MomentsOption, Quiet, ScheduleOption
+from gdagrow_cli.options import (
+    AsJson,
+    Budget,
+    Checkpoint,
+    Compare,
+    MaxShardSize,
+    ModelConfig,
+    MomentsOption,
+    Quiet,
+    ScheduleOption,
+)  # fmt: skip
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,16 +57,26 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 @takes_growth
 def plan(
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    recipe: Recipe | None,
+    budget: Budget = None,
+    compare: Compare = False,
     moments: MomentsOption = None,
     schedule: ScheduleOption = None,
     config: ModelConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a growth would make of a checkpoint; nothing is read but headers, nothing is written."""
+    if budget is not None or compare:
+        from gdagrow_cli.budget_view import require_alone, show_comparison
+
+        others = {"a growth": recipe, "--moments": moments, "--schedule": schedule}
+        require_alone(budget, compare, [name for name, given in others.items() if given is not None])
+        show_comparison(checkpoint, budget or "", config, as_json=as_json)
+        return
     from gdagrow_cli.plan_view import show_plan
 
-    growing = prepare_growth(checkpoint, recipe, moments=moments, schedule=schedule, config=config)
+    # No flag at all asks for no growth, which a recipe of nothing says.
+    growing = prepare_growth(checkpoint, recipe or make_recipe({}), moments=moments, schedule=schedule, config=config)
     show_plan(growing, as_json=as_json)
 
 

@@ -74,6 +74,12 @@ _FIELDS: Final = {
     "insert": "--insert", "like": "--like", "rope_theta": "--rope-theta",
 }  # fmt: skip
 
+# How the fields of a recipe are typed that a comparison of growths proposes.
+_TYPED: Final = {
+    "to": "--to={}", **{axis: f"--{axis}-x{{}}" for axis in ("signal", "noise", "kv", "hidden", "ffn", "uniform")},
+    "depth": "--depth=+{}",
+}  # fmt: skip
+
 _GLUED: Final = re.compile(r"(--(?:signal|noise|kv|hidden|ffn|uniform|head-dim)-x)([^=].*)", re.DOTALL)
 
 
@@ -83,10 +89,20 @@ def spread(argv: Sequence[str]) -> list[str]:
     return [_GLUED.sub(r"\1=\2", word) for word in argv[:end]] + list(argv[end:])
 
 
+def flags_of(recipe: Recipe) -> list[str]:
+    """The flags that make a recipe of whole factors and a depth."""
+    asked = recipe.as_dict()
+    return [form.format(asked.pop(field)) for field, form in _TYPED.items() if field in asked]
+
+
 def takes_growth(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the growth flags in place of its parameter `recipe`, which gets the `Recipe` that they make."""
+    """Give a command the growth flags in place of its parameter `recipe`, which gets the `Recipe` that they make.
+
+    Where that parameter is a `Recipe | None`, it gets None if none of the flags was typed.
+    """
     own = list(inspect.signature(command).parameters.values())
     at = next(i for i, parameter in enumerate(own) if parameter.name == "recipe")
+    is_optional = own[at].annotation == Recipe | None
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in _FLAGS.items()
@@ -94,8 +110,9 @@ def takes_growth(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own[:at], *flags, *own[at + 1 :])]
 
     def taking(**values: Any) -> None:
-        recipe = recipe_from({name: values.pop(name) for name in _FLAGS})
-        command(recipe=recipe, **values)
+        typed = {name: values.pop(name) for name in _FLAGS}
+        is_absent = is_optional and all(value is None for value in typed.values())
+        command(recipe=None if is_absent else recipe_from(typed), **values)
 
     taking.__name__, taking.__doc__ = command.__name__, command.__doc__
     taking.__annotations__ = {p.name: p.annotation for p in parameters}

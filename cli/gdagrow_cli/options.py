@@ -46,6 +46,26 @@ ScheduleOption = Annotated[
         help="Learning-rate schedule: go on where it was (keep, the default), or leave it to the next run at step 0.",
     ),
 ]
+_COMPARING = "Growths to compare, instead of one"
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        rich_help_panel=_COMPARING,
+        help="With --compare: the number of parameters to come near to, such as 7B or 700M.",
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        metavar="",
+        rich_help_panel=_COMPARING,
+        show_default=False,
+        help="With --budget: show the uniform growth to it, and group-differentiated growths that are its equals.",
+    ),
+]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest weight file, such as 5GB or 512MiB.")]
 Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="Print nothing but errors.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.", show_default=False)]

@@ -8,6 +8,7 @@ from gdagrow.archs import Sizes
 from gdagrow.costs import ModelFigures, checkpoint_figures
 from gdagrow.errors import TrainError
 from gdagrow.header import Header
+from gdagrow.like import with_derived_sizes
 from gdagrow.plan import make_plan
 from gdagrow.train.configs import header_of, header_of_config
 from gdagrow.train.recipe import TrainRecipe
@@ -98,7 +99,7 @@ def headers_of(recipe: TrainRecipe) -> list[Header]:
     """
     headers = [header_of(recipe.model)]
     for growth in recipe.growth:
-        expand = growth.expand
+        expand = with_derived_sizes(headers[-1].config, growth.expand)
         if expand.select == "norm":  # of weights that are not trained yet; sizes do not depend on the choice
             expand = expand.model_copy(update={"select": None})
         headers.append(header_of_config(make_plan(headers[-1], expand).config))

@@ -58,7 +58,7 @@ def as_motif(header: Header) -> Header:
         elif name in header.tensors:
             derived[name] = Seen(name, _order_of_rows(stored_rows[row.name], row, sizes))
     for layer in range(sizes.num_layers):
-        derived |= moved_lambdas(_TARGET, layer, old=layer + INDEX_SHIFT, new=layer, size=sizes.head_dim, anew=MADE)
+        derived |= moved_lambdas(_TARGET, layer, old=layer + INDEX_SHIFT, new=layer, size=sizes.head_dim, because=MADE)
     return view(header, config, derived)
 
 

@@ -17,7 +17,7 @@ from gdagrow.rows import in_model_order
 from gdagrow.views import Derived, Made, Seen, Zeros, view
 
 NEW_BLOCK: Final = "its block is new"
-_MOVED: Final = "it makes up for the change of its layer's lambda_init"
+MOVED: Final = "it makes up for the change of its layer's lambda_init"
 
 
 def deepened(header: Header, architecture: Architecture, layers: Layers) -> Header:
@@ -61,14 +61,14 @@ def _moved_layer(header: Header, architecture: Architecture, old: int, new: int)
     assert architecture.subln is not None
     under, factor = architecture.subln.format(layer=old), moved_norm(old, new)
     size = header.tensors[under].num_elements
-    subln = Made(size, (under,), lambda gains: [gain * factor for gain in gains], under, None, factor)
+    subln = Made(size, (under,), lambda gains: [gain * factor for gain in gains], under, MOVED, factor)
     head_dim = header.tensors[architecture.lambdas.format(layer=old, name="lambda_q1")].num_elements
-    lambdas = moved_lambdas(architecture, new, old=old, new=new, size=head_dim, anew=_MOVED, under=old)
+    lambdas = moved_lambdas(architecture, new, old=old, new=new, size=head_dim, because=MOVED, under=old)
     return {architecture.subln.format(layer=new): subln, **lambdas}
 
 
 def moved_lambdas(
-    architecture: Architecture, layer: int, *, old: int, new: int, size: int, anew: str,
+    architecture: Architecture, layer: int, *, old: int, new: int, size: int, because: str,
     under: int | None = None,
 ) -> dict[str, Derived]:  # fmt: skip
     """The lambda vectors of a layer whose lambda_init is that of index `new`, and was that of index `old`.
@@ -77,7 +77,7 @@ def moved_lambdas(
         architecture: It has the vectors' names.
         layer: The layer.
         size: The vectors' size.
-        anew: Why they have no moments (see `gdagrow.views.Made`).
+        because: Why they are made (see `gdagrow.views.Made`).
         under: The same layer under the view, if it has another index there.
     """
     pair = vectors_that_move(old, new)
@@ -87,7 +87,7 @@ def moved_lambdas(
         return lambda query, key: moved(query, key, old, new)[which]
 
     return {
-        architecture.lambdas.format(layer=layer, name=name): Made(size, names, making(which), names[which], anew)
+        architecture.lambdas.format(layer=layer, name=name): Made(size, names, making(which), names[which], because)
         for which, name in enumerate(pair)
     }
 

@@ -18,7 +18,7 @@ from gdagrow.heads import MAX_COPIES, HeadGrowth, Ratio, axis_maps
 from gdagrow.recipe import WIDTH_AXES, Recipe
 from gdagrow.rows import claim, grown_rows, why_moments_are_lost
 from gdagrow.selection import grown_heads_by_layer
-from gdagrow.views import origin_of
+from gdagrow.views import origin_of, why_float64
 from gdagrow.wider import with_gains
 
 # Of weights that are free, where the model's config has no `initializer_range`.
@@ -115,6 +115,15 @@ class GrowthPlan:
         return asked | {axis: str(size) for axis, size in sizes.items() if size is not None}
 
     @property
+    def changed_keys(self) -> dict[str, tuple[Any, Any]]:
+        """Keys of the config that are no sizes and that the recipe changes, with both values."""
+        before = {"rope_theta": rope_theta(self.header.config)}
+        after = {"rope_theta": rope_theta(self.config)}
+        for config, found in ((self.header.config, before), (self.config, after)):
+            found["max_position_embeddings"] = config.get("max_position_embeddings")
+        return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+    @property
     def converted_from(self) -> str | None:
         """The source's architecture, if the growth is one of a view in another layout."""
         name = architecture_of(self.header.stored.config).name
@@ -142,23 +151,22 @@ class GrowthPlan:
     @property
     def _of_float64(self) -> Iterator[str]:
         """What is stored in float64 though its source is not."""
-        made: dict[str, None] = {}
+        made: dict[str, dict[str, None]] = {}
         for tensor in self.tensors:
-            stored = self.header.stored.tensors.get(tensor.stored or "")
-            if tensor.source.dtype == "F64" and (stored is None or stored.dtype != "F64"):
-                made[tensor.parameter.removeprefix("model.layers.{layer}.")] = None
+            if (reason := why_float64(self.header, tensor.source.name)) is not None:
+                made.setdefault(reason, {})[tensor.parameter.removeprefix("model.layers.{layer}.")] = None
         if made:
+            told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in made.items())
             yield (
-                f"stored in float64, because a shorter dtype would round them: {', '.join(made)}"
-                f"{' of layers that move' if self.layers.moved and not self.converted_from else ''}; a trainer that "
-                "casts them changes the function by that rounding"
+                f"stored in float64, because a shorter dtype would round them: {told}; a trainer that casts them "
+                "changes the function by that rounding"
             )
 
     @property
     def _of_function(self) -> Iterator[str]:
         """What changes the function, because the recipe says so."""
-        before, after = rope_theta(self.header.config), rope_theta(self.config)
-        if before != after:
+        if "rope_theta" in self.changed_keys:
+            before, after = self.changed_keys["rope_theta"]
             yield (
                 f"rope_theta {before} to {after} changes the function, as the recipe asks: the grown "
                 "model is another one until it is trained"
@@ -182,7 +190,7 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     """Plan a growth.
 
     Args:
-        header: The source checkpoint's config and tensors; no weight is read.
+        header: The source checkpoint's config and tensors; weights are read to select heads by norm alone.
         recipe: What the user asks for.
 
     Raises:

@@ -52,7 +52,7 @@ def growth_record(
         "factors": plan.factors,
         "tied": {"source": plan.tied_before, "grown": plan.tied_after},
         "noise": None if recipe.exact_copies else {"snr_db": recipe.snr_db, "seed": recipe.seed},
-        "lineage": _lineage(plan),
+        "lineage": lineage(plan),
         "notation": {t.parameter: t.notation for t in plan.tensors},
         "learning_rate_multipliers": {t.parameter: t.learning_rate_multiplier for t in plan.tensors},
         "moments_not_carried": lost,
@@ -134,12 +134,12 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("torch", "safetensors")}
 
 
-def _lineage(plan: GrowthPlan) -> dict[str, Any]:
+def lineage(plan: GrowthPlan) -> dict[str, Any]:
     """Which old index each new one comes from, along every axis."""
     maps = plan.maps.common
     by_layer = [growth.lineage() for growth in plan.heads_of_layer]
     alike = all(heads == by_layer[0] for heads in by_layer)
-    lineage: dict[str, Any] = {
+    found: dict[str, Any] = {
         # For each new query group, the old [group, signal head] of its signal heads, in order: in all layers, or in
         # each new layer.
         **({"signal_heads": by_layer[0]} if alike else {"signal_heads_by_layer": by_layer}),
@@ -151,11 +151,11 @@ def _lineage(plan: GrowthPlan) -> dict[str, Any]:
     }
     if fresh := {axis: count for axis in FEATURES if (count := maps.of(axis, None).num_fresh)}:
         # How many features stand behind those, that come from none.
-        lineage["fresh"] = fresh
+        found["fresh"] = fresh
     if plan.layers.new:
         # For each new layer the old one that it is, or is a copy of; and which of them are such new blocks.
-        lineage |= {"layers": list(plan.layers.source), "new_layers": sorted(plan.layers.new)}
-    return lineage
+        found |= {"layers": list(plan.layers.source), "new_layers": sorted(plan.layers.new)}
+    return found
 
 
 def _old_runs(index_map: IndexMap) -> list[list[int]]:

@@ -40,15 +40,16 @@ class Made:
     names: The tensors under the view that it is made from.
     make: Makes its values from theirs.
     like: The one of these in whose place it stands, None if there is none.
-    anew: As in `Seen`; None if all that was done is to multiply that one by `factor`.
+    because: Why it is made.
+    factor: What that one was multiplied by, if that is all that was done; else its moments are not those of this one.
     """
 
     size: int
     names: tuple[str, ...]
     make: Callable[..., Sequence[float]]
     like: str | None
-    anew: str | None
-    factor: float = 1.0
+    because: str
+    factor: float | None = None
 
 
 Derived = Seen | Zeros | Made
@@ -118,9 +119,23 @@ def origin_of(header: Header, name: str, below: Header | None = None) -> Origin:
     how = header.derived[name]
     under = how.name if isinstance(how, Seen) else how.like
     found = Origin(None) if under is None else origin_of(header.under, under, below)
+    if isinstance(how, Made):
+        anew = found.anew if how.factor else how.because
+        return replace(found, anew=anew, factor=(how.factor or 1.0) * found.factor, is_stored=False)
     anew = how.anew or found.anew
     if isinstance(how, Seen):
         assert how.rows is None or found.rows is None, f"the rows of {name} are reordered twice"
         return replace(found, rows=how.rows or found.rows, anew=anew)
-    factor = how.factor if isinstance(how, Made) else 1.0
-    return replace(found, anew=anew, factor=factor * found.factor, is_stored=False)
+    return replace(found, anew=anew, is_stored=False)
+
+
+def why_float64(header: Header, name: str) -> str | None:
+    """Why a tensor is made, in float64, if what stands for it under all views is stored in another dtype."""
+    if not isinstance(header, View):
+        return None
+    how = header.derived[name]
+    if isinstance(how, Made):
+        origin = origin_of(header, name)
+        same = origin.name is not None and header.stored.tensors[origin.name].dtype == "F64"
+        return None if same else how.because
+    return why_float64(header.under, how.name) if isinstance(how, Seen) else None

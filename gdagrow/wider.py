@@ -7,12 +7,15 @@ round them.
 """
 
 from math import sqrt
+from typing import Final
 
 from gdagrow.archs import Architecture
 from gdagrow.errors import PlanError
 from gdagrow.header import Header
 from gdagrow.rows import in_model_order
 from gdagrow.views import Derived, Made, Seen, view
+
+RESCALED: Final = "it makes up for the features that the norm averages over besides"
 
 
 def with_gains(header: Header, architecture: Architecture, hidden: int, new_hidden: int) -> Header:
@@ -41,7 +44,9 @@ def with_gains(header: Header, architecture: Architecture, hidden: int, new_hidd
     for row, layer in in_model_order(architecture.table(header.config), num_layers):
         name = row.name.format(layer=layer)
         if row.part == "norm":
-            derived[name] = Made(hidden, (name,), lambda gains: [gain * factor for gain in gains], name, None, factor)
+            derived[name] = Made(
+                hidden, (name,), lambda gains: [gain * factor for gain in gains], name, RESCALED, factor
+            )
         elif name in header.tensors:
             derived[name] = Seen(name)
     eps = header.config[architecture.norm_eps]

@@ -65,7 +65,7 @@ def plan(
     config: ModelConfig = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a growth would make of a checkpoint; nothing is read but headers, nothing is written."""
+    """Show what a growth would make of a checkpoint; no weight is read but for --select norm, nothing is written."""
     if budget is not None or compare:
         from gdagrow_cli.budget_view import require_alone, show_comparison
 

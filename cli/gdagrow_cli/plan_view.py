@@ -15,7 +15,7 @@ from gdagrow.growing import Growing
 from gdagrow.heads import HeadGrowth
 from gdagrow.moments import Moments
 from gdagrow.plan import GrowthPlan, TensorPlan
-from gdagrow.record import RECORD_FILE
+from gdagrow.record import RECORD_FILE, lineage
 from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
 from gdagrow_cli.figures_view import HEADING, figures_table
@@ -49,7 +49,7 @@ def growth_as_dict(growing: Growing, companions: Companions) -> dict[str, Any]:
         "factors": plan.factors,
         **figures.as_dict(),
         "shapes": {t.name: {"source": _source_shape(plan, t), "grown": t.shape} for t in plan.tensors},
-        "lineage": plan.heads.lineage(),
+        "lineage": lineage(plan),
         "companions": {"copied": companions.copied, "left_behind": {s.path: s.reason for s in companions.skipped}},
         "learning_rate_multipliers": learning_rate_multipliers(plan),
         "training_state": dict(output.record) or None,
@@ -71,6 +71,7 @@ def growth_text(plan: GrowthPlan) -> str:
         for axis, value in plan.factors.items()
         if value != 1
     ]
+    done += [f"{key} {before} to {after}" for key, (before, after) in plan.changed_keys.items()]
     if plan.tied_before:
         done.append("embeddings stay tied" if plan.tied_after else "embeddings untied")
     if not any(tensor.growth.splits for tensor in plan.tensors):
@@ -143,7 +144,7 @@ def _print(console: Console, growing: Growing, companions: Companions) -> None:
     console.print(f"{plan.architecture.name}: {growth_text(plan)}")
     console.print()
     console.print(figures_table({"source": figures.source, "grown": figures.grown}))
-    _print_heads(console, (plan.heads,))
+    _print_heads(console, plan.heads_of_layer)
     print_section(console, "Shapes, and the learning rate suggested for split weights", _shapes_table(plan))
     print_state(console, growing)
     print_companions(console, growing, companions)

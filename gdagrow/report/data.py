@@ -32,14 +32,16 @@ class Tokens:
 class HeadLineage:
     """Where each grown head comes from, as `growth.json` writes it.
 
-    signal_heads: For each new query group, the old `(group, signal head)` of its signal heads.
+    signal_heads: For each new query group, the old `(group, signal head)` of its signal heads, in the first layer.
     noise_heads: For each new query group, the old group whose noise head it holds.
     kv_groups: For each new KV group, the old one.
+    other_layers: The layers whose signal heads come of others than those of the first layer.
     """
 
     signal_heads: tuple[tuple[tuple[int, int], ...], ...]
     noise_heads: tuple[int, ...]
     kv_groups: tuple[int, ...]
+    other_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)

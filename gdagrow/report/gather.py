@@ -138,7 +138,9 @@ def _try(what: str, problems: dict[str, str], measure: Callable[[], _T]) -> _T |
 
 
 def _heads(source: Path, grown: Path) -> HeadLineage:
-    maps = lineage_of(*read_pair(source, grown)).maps.common
+    by_layer = lineage_of(*read_pair(source, grown)).maps.by_layer
+    maps = by_layer[0]
     groups = tuple(maps.of("group", None))
     signal = tuple(tuple((old, head) for head in maps.of("signal", new)) for new, old in enumerate(groups))
-    return HeadLineage(signal, groups, tuple(maps.of("kv", None)))
+    others = (layer for layer, found in enumerate(by_layer) if found.maps["signal"] != maps.maps["signal"])
+    return HeadLineage(signal, groups, tuple(maps.of("kv", None)), tuple(others))

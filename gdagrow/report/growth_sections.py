@@ -93,8 +93,12 @@ def lineage_section(identity: str, grown: Node, source: Node) -> str:
     groups = min(heads["num_groups"].value, MAX_OLD_GROUPS)
     panels = [lineage_map(lineage, group, heads["ratio"].value) for group in range(groups)]
     more = left_out(lineage, heads["num_groups"].value)
+    others = ", ".join(map(str, lineage["other_layers"].value))
+    layers = (
+        f"this is layer 0, and layers {others} have copies of other signal heads" if others else "every layer is alike"
+    )
     told = (
-        "One query group of the source on the left, what grew out of it on the right; every layer is alike. S is a "
+        f"One query group of the source on the left, what grew out of it on the right; {layers}. S is a "
         "signal head, N the noise head that is subtracted from its whole group. A line leads from each head to its "
         "copies, in its colour and under its name; further copies are paler."
     )

@@ -18,7 +18,7 @@ from tests.growths import EPS, RANDOM, Grown, grow, growths, topologies
 from tests.reference import reference_logits
 
 # Rounding in float64 (2.2e-16) over the several hundred dependent operations of forward and backward, with the
-# cancellation of a gradient that is a difference of attention maps: 4.5e6 times eps. Asked for by issue 2.
+# cancellation of a gradient that is a difference of attention maps: 4.5e6 times eps.
 TOLERANCE = 1e-9
 # A gradient that is zero on paper (of a bias that softmax ignores) has only the rounding of the others: 500 times eps.
 ROUNDING = 1e-13

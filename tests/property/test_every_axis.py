@@ -22,8 +22,8 @@ from tests.checkpoints import write_checkpoint
 from tests.growths import EPS, RANDOM, Grown, grow, growths, topologies
 from tests.reference import reference_logits
 
-# Rounding in float64 (2.2e-16) over a few hundred dependent operations in up to nine layers, amplified by norms of small
-# activations: 45000 times eps. Asked for by issue 5.
+# Rounding in float64 (2.2e-16) over a few hundred dependent operations in up to seven layers, amplified by norms of
+# small activations: 45000 times eps.
 TOLERANCE = 1e-11
 
 

@@ -19,7 +19,7 @@ from tests.growths import EPS, RANDOM, Grown, grow, growths, reads_last_dim, rec
 from tests.reference import reference_logits
 
 # Rounding in float64 (2.2e-16) over a few hundred dependent operations in three layers, amplified by norms of small
-# activations: 45000 times eps. Asked for by issue 2.
+# activations: 45000 times eps.
 TOLERANCE = 1e-11
 
 

@@ -132,7 +132,7 @@ class GrowthPlan:
     @property
     def hints(self) -> tuple[str, ...]:
         """What a user may want to know before going on; never a refusal."""
-        hints = [*self._of_float64, *self._of_function]
+        hints = [*self._of_fresh, *self._of_float64, *self._of_function]
         ratio = self.after.heads.ratio
         if ratio > LARGEST_SUPPORTED_RATIO:
             hints.append(f"the ratio {ratio}:1 is above {LARGEST_SUPPORTED_RATIO}:1, where the paper saw quality "
@@ -147,6 +147,20 @@ class GrowthPlan:
             told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in lost.items())
             hints.append(f"optimizer moments cannot be carried exactly for {told}")
         return tuple(hints)
+
+    @property
+    def _of_fresh(self) -> Iterator[str]:
+        """What comes from none of the source's weights."""
+        drawn = f"drawn uniformly with deviation {self.deviation:g} and seed {self.recipe.seed}"
+        hidden, ffn = (self.maps.common.of(axis, None).num_fresh for axis in ("hidden", "ffn"))
+        if hidden:
+            key = str(self.architecture.norm_eps)
+            yield (
+                f"hidden: {hidden} features are new and zero; the weights that read them are {drawn}; {key} "
+                f"{self.header.stored.config[key]:g} to {self.config[key]:g}"
+            )
+        if ffn:
+            yield f"ffn: {ffn} units are new, {drawn}, and read with weights of zero"
 
     @property
     def _of_float64(self) -> Iterator[str]:

@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 DEMO_SECONDS ?= 75
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 TEXT = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib') + '/argparse.py')")
 
@@ -32,8 +33,9 @@ demo: $(VENV)/.installed
 	$(BIN)/gdagrow diff $(DEMO)/source $(DEMO)/signal-x2 --text $(TEXT)
 	$(BIN)/gdagrow diff $(DEMO)/source $(DEMO)/uniform-x2 --text $(TEXT)
 
+# A file's tests stay in one process, whose fixtures train models; the long files, e2e, come first.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

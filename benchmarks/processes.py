@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 GDAGROW = [sys.executable, "-m", "gdagrow_cli.main"]
 IMPORT_TORCH = [sys.executable, "-c", "import torch"]
@@ -32,15 +33,15 @@ class Run:
 def timed(command: list[str]) -> Run:
     """Run a command, sampling its memory every 5 ms."""
     start, before, anonymous, resident = time.perf_counter(), os.times(), 0, 0
-    # What is printed is read at the end: it must be short enough for a pipe.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        family = [_memory(pid) for pid in (process.pid, *_children(process.pid))]
-        anonymous = max(anonymous, sum(memory.get("RssAnon", 0) for memory in family))
-        resident = max(resident, sum(memory.get("VmHWM", 0) for memory in family))
-        time.sleep(0.005)
-    wall, after = time.perf_counter() - start, os.times()
-    stdout, stderr = process.communicate()
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err)
+        while process.poll() is None:
+            family = [_memory(pid) for pid in (process.pid, *_children(process.pid))]
+            anonymous = max(anonymous, sum(memory.get("RssAnon", 0) for memory in family))
+            resident = max(resident, sum(memory.get("VmHWM", 0) for memory in family))
+            time.sleep(0.005)
+        wall, after = time.perf_counter() - start, os.times()
+        stdout, stderr = (file.seek(0) or file.read() for file in (out, err))
     if process.returncode:
         raise SystemExit(f"{shlex.join(command)} failed: {stderr or stdout}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system

@@ -25,18 +25,22 @@ from gdagrow.errors import GdagrowError
 
 @dataclass(frozen=True)
 class Segment:
-    """New indices `[new, new + length)`: copy number `copy` of `copies` of the old ones from `old`."""
+    """New indices `[new, new + length)`: copy number `copy` of `copies` of the old ones from `old`, unless `fresh`."""
 
     new: int
     old: int
     length: int
     copy: int
     copies: int
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
 class IndexMap:
-    """A map `new -> old` of one dimension, as runs `(start, stop)` of contiguous old indices in new order."""
+    """A map `new -> old` of one dimension, as runs `(start, stop)` of contiguous old indices in new order.
+
+    Indices of `old_size` and above are fresh: they come from nothing, each number from another nothing.
+    """
 
     runs: tuple[tuple[int, int], ...]
     old_size: int
@@ -51,9 +55,19 @@ class IndexMap:
         return IndexMap(((0, size),) * copies, size)
 
     @staticmethod
+    def extended(size: int, new_size: int) -> "IndexMap":
+        """As many whole copies of the old block as there is room for, and fresh indices behind them."""
+        copies, fresh = divmod(new_size, size)
+        return IndexMap(((0, size),) * copies + ((size, size + fresh),) * bool(fresh), size)
+
+    @staticmethod
     def of(indices: list[int], old_size: int) -> "IndexMap":
         """The map that lists one old index for each new one."""
-        return IndexMap(_join((i, i + 1) for i in indices), old_size)
+        return IndexMap(_join(((i, i + 1) for i in indices), old_size), old_size)
+
+    @cached_property
+    def num_fresh(self) -> int:
+        return sum(stop - max(start, self.old_size) for start, stop in self.runs if stop > self.old_size)
 
     @cached_property
     def size(self) -> int:
@@ -84,7 +98,7 @@ class IndexMap:
             copies[start] = copies.get(start, 0) + 1
         segments, seen, new = [], dict.fromkeys(copies, 0), 0
         for start, stop in pieces:
-            segments.append(Segment(new, start, stop - start, seen[start], copies[start]))
+            segments.append(Segment(new, start, stop - start, seen[start], copies[start], start >= self.old_size))
             seen[start] += 1
             new += stop - start
         return tuple(segments)
@@ -92,13 +106,14 @@ class IndexMap:
     @property
     def is_complete(self) -> bool:
         """Whether every old index has at least one copy."""
-        return sum(s.length for s in self.segments if s.copy == 0) == self.old_size
+        return sum(s.length for s in self.segments if s.copy == 0 and not s.fresh) == self.old_size
 
 
-def _join(runs: Iterator[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def _join(runs: Iterator[tuple[int, int]], old_size: int) -> tuple[tuple[int, int], ...]:
+    """Join runs that go on where the last one ended, but for fresh indices behind old ones."""
     joined: list[tuple[int, int]] = []
     for start, stop in runs:
-        if joined and joined[-1][1] == start:
+        if joined and joined[-1][1] == start != old_size:
             joined[-1] = (joined[-1][0], stop)
         else:
             joined.append((start, stop))
@@ -233,19 +248,25 @@ def _compose(dim: Expression, maps: AxisMaps, outer: int | None) -> IndexMap:
         inner = _compose(rest, maps, outer)
         if inner.is_identity:
             size = inner.old_size
-            return IndexMap(_join((a * size, b * size) for a, b in head.runs), head.old_size * size)
+            return _joined(((a * size, b * size) for a, b in head.runs), head.old_size * size)
         inners = [inner] * head.size
     else:
         # A nested axis follows the index of the last axis before it, which a number between them is not.
         inners = [_compose(rest, maps, new if isinstance(terms[0], str) else outer) for new in range(head.size)]
+    assert not any(inner.num_fresh for inner in inners), "an axis with fresh indices stands alone in its dimension"
     size = inners[0].old_size
     runs = ((old * size + a, old * size + b) for old, inner in zip(head, inners, strict=True) for a, b in inner.runs)
-    return IndexMap(_join(runs), head.old_size * size)
+    return _joined(runs, head.old_size * size)
 
 
 def _laid_end_to_end(parts: list[IndexMap]) -> IndexMap:
     runs, offset = [], 0
     for part in parts:
+        assert not part.num_fresh, "an axis with fresh indices stands alone in its dimension"
         runs += [(a + offset, b + offset) for a, b in part.runs]
         offset += part.old_size
-    return IndexMap(_join(iter(runs)), offset)
+    return _joined(iter(runs), offset)
+
+
+def _joined(runs: Iterator[tuple[int, int]], old_size: int) -> IndexMap:
+    return IndexMap(_join(runs, old_size), old_size)

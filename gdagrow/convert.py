@@ -6,9 +6,9 @@ with `lambda_k1`, since DiffLlama's layer `i` has the lambda_init of Motif's lay
 These are constants that a short dtype would round, and are float64 whatever the checkpoint's dtype is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
-from math import inf, prod
+from math import inf
 from typing import Any, Final
 
 from gdagrow.archs import Parameter, Sizes
@@ -16,11 +16,12 @@ from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
 from gdagrow.axes import IndexMap, parse, size_of
 from gdagrow.coordinates import reordering
+from gdagrow.deeper import moved_lambdas
 from gdagrow.errors import CheckpointError
-from gdagrow.header import ITEM_BYTES, Header, TensorInfo
-
-SUBLN: Final = "model.layers.{layer}.self_attn.subln.weight"
-LAMBDAS: Final = ("model.layers.{layer}.self_attn.lambda_q1", "model.layers.{layer}.self_attn.lambda_k1")
+from gdagrow.header import Header
+from gdagrow.lambda_init import moved_norm
+from gdagrow.rows import in_model_order
+from gdagrow.views import Derived, Made, Seen, view
 
 # DiffLlama's layer `i` has the lambda_init of Motif's layer `i + INDEX_SHIFT`.
 INDEX_SHIFT: Final = 1
@@ -28,6 +29,7 @@ INDEX_SHIFT: Final = 1
 _SOURCE, _TARGET = DiffLlama(), Motif()
 # Keys that only DiffLlama's code reads, or that name that code.
 _LEFT_OUT = ("architectures", "auto_map", "attention_bias", "lambda_std_dev", "rope_scaling", "rope_parameters")
+MADE = "it is made in the conversion, from another value"
 _DEFAULT_ROPE_THETA = 10000.0  # of DiffLlamaConfig
 
 
@@ -47,36 +49,28 @@ def as_motif(header: Header) -> Header:
         return header
     config = _motif_config(header.config)
     sizes = _TARGET.sizes(config)
-    stored = header.tensors
-    tensors = {name: stored[name] for _, name in _rows(config, sizes) if name in stored}
+    stored_rows = {row.name: row for row in _SOURCE.table(header.config)}
+    derived: dict[str, Derived] = {}
+    for row, layer in in_model_order(_TARGET.table(config), sizes.num_layers):
+        name = row.name.format(layer=layer)
+        if row.name == _TARGET.subln:
+            derived[name] = _constant(2 * sizes.head_dim, moved_norm(layer + INDEX_SHIFT, layer))
+        elif name in header.tensors:
+            derived[name] = Seen(name, _order_of_rows(stored_rows[row.name], row, sizes))
     for layer in range(sizes.num_layers):
-        for made in (*LAMBDAS, SUBLN):
-            name = made.format(layer=layer)
-            shape = stored[name].shape if name in stored else (2 * sizes.head_dim,)
-            # No file has these bytes; only their number means something.
-            tensors[name] = TensorInfo(name, "F64", shape, "", 0, ITEM_BYTES["F64"] * prod(shape))
-    return Header(header.directory, config, tensors, header.metadata, view_of=header)
+        derived |= moved_lambdas(_TARGET, layer, old=layer + INDEX_SHIFT, new=layer, size=sizes.head_dim, anew=MADE)
+    return view(header, config, derived)
 
 
-def row_maps(view: Header) -> dict[str, IndexMap]:
-    """For each tensor of a view whose rows are stored in another order, the map from its rows to the stored ones."""
-    sizes = _TARGET.sizes(view.config)
-    stored_rows = {row.name: row for row in _SOURCE.table(view.stored.config)}
-    maps = {}
-    for row, name in _rows(view.config, sizes):
-        if row.name in stored_rows and name in view.tensors:
-            first, *others = _reorderings(stored_rows[row.name].notation, row.notation, sizes)
-            assert all(other.is_identity for other in others), f"columns of {row.name} are stored in another order"
-            if not first.is_identity:
-                maps[name] = first
-    return maps
+def _constant(size: int, value: float) -> Made:
+    return Made(size, (), lambda: [value] * size, None, MADE)
 
 
-def _rows(config: Mapping[str, Any], sizes: Sizes) -> Iterator[tuple[Parameter, str]]:
-    """Motif's rows with the names of the tensors they stand for."""
-    for row in _TARGET.table(config):
-        for layer in range(sizes.num_layers if row.is_layered else 1):
-            yield row, row.name.format(layer=layer)
+def _order_of_rows(stored: Parameter, wanted: Parameter, sizes: Sizes) -> IndexMap | None:
+    """The map from a row's tensor to the stored one, if that has its rows in another order."""
+    first, *others = _reorderings(stored.notation, wanted.notation, sizes)
+    assert all(other.is_identity for other in others), f"columns of {stored.name} are stored in another order"
+    return None if first.is_identity else first
 
 
 @cache

@@ -34,6 +34,7 @@ from gdagrow.rows import GROWABLE_DTYPES
 from gdagrow.trainer_checkpoint import files_of_state
 
 STEP: Final = "step"
+_STATE: Final = "state"
 
 Entry = tuple[TargetTensor, GrownTensor]
 
@@ -42,7 +43,7 @@ def dcp_output(plan: GrowthPlan, *, moments: Moments, schedule: Schedule, max_fi
     """All that a growth writes of a distributed checkpoint: the same state dicts, grown, for any number of ranks.
 
     Args:
-        plan: The growth; its header is a `DcpHeader`.
+        plan: The growth of what a `DcpHeader` has.
         moments: What becomes of optimizer moments.
         schedule: Only `keep`: what a schedule is called in a state dict is the engine's own affair.
         max_file_bytes: The largest file, unless a single tensor is larger.
@@ -51,12 +52,12 @@ def dcp_output(plan: GrowthPlan, *, moments: Moments, schedule: Schedule, max_fi
         CheckpointError: moments do not fit their weights, or are of a kind that cannot be grown.
         PlanError: what is asked for would change values that are carried unread.
     """
-    trees = read_trees(plan.header)
+    trees = read_trees(plan.header.stored)
     state = trees[-1]
     if state.moments:
         _require_possible(plan, schedule)
         if moments is not Moments.reset:
-            _require_moments(plan.header, state)
+            _require_moments(plan.header.stored, state)
     planned = plan_moments(plan, moments)
     output, beta2 = Output((), {}, {}), None
     for tree in trees:
@@ -99,16 +100,16 @@ def _grown_tree(
     plan: GrowthPlan, tree: DcpHeader, planned: Mapping[str, ParameterMoments], max_file_bytes: int
 ) -> tuple[Output, dict[str, bytes]]:
     """What is written of one DCP directory, and its values that are no tensors."""
-    files = tree.place or WEIGHTS
-    entries = [*_weights(plan, tree), *_moments(tree, planned), *_carried(tree)]
+    state = f"{_STATE}/{tree.place}"
+    entries = [*_weights(plan, tree), *_moments(tree, planned, state), *_carried(tree, state)]
     with DcpTensors(tree) as reader:
         require_tied(tree, reader)
         blobs = {key: reader.blob(key) for key in tree.dcp.blobs}
     layout = plan_dcp([target for target, _ in entries], blobs, _paths(plan, tree), max_file_bytes)
     return Output(
         tuple(replace(file, file=tree.inside(file.file)) for file in layout.files),
-        {target.name: replace(grown, files=grown.files and files) for target, grown in entries},
-        {files: tree},
+        {target.name: grown for target, grown in entries},
+        {state: tree, **({WEIGHTS: plan.header} if tree.names.weights else {})},
         {tree.inside(METADATA_FILE): layout.metadata},
     ), blobs
 
@@ -119,11 +120,13 @@ def _require_possible(plan: GrowthPlan, schedule: Schedule) -> None:
             f"--schedule {schedule}: a distributed checkpoint's schedule has no name that all engines know; keep it, "
             "and have the engine leave it out when it loads (torchtitan: checkpoint.exclude_from_loading)"
         )
-    if plan.tied_before and not plan.tied_after:
+    new = [tensor.name for tensor in plan.tensors if tensor.name not in plan.header.stored.tensors]
+    if new:
+        asked = "embeddings untie" if plan.tied_before != plan.tied_after else "more layers"
         raise PlanError(
-            f"embeddings untie: the head would be new to the optimizer in {plan.header.directory}, whose groups are "
-            "pickles that are carried unread; keep the embeddings tied, or convert the weights alone to safetensors "
-            "first"
+            f"{asked}: {len(new)} parameters, the first {new[0]}, would be new to the optimizer in "
+            f"{plan.header.directory}, whose groups are pickles that are carried unread; leave it out, or convert the "
+            "weights alone to safetensors first"
         )
 
 
@@ -157,16 +160,17 @@ def _weights(plan: GrowthPlan, header: DcpHeader) -> Iterator[Entry]:
             yield TargetTensor(header.tied_head, grown.dtype, grown.growth.shape), grown
 
 
-def _moments(header: DcpHeader, planned: Mapping[str, ParameterMoments]) -> Iterator[Entry]:
+def _moments(header: DcpHeader, planned: Mapping[str, ParameterMoments], files: str) -> Iterator[Entry]:
     of_source: dict[str, dict[str, TensorInfo]] = {}
     for (name, kind), info in header.moments.items():
         of_source.setdefault(name, {})[kind] = info
     for name, found in planned.items():
-        for kind, info in of_source.get(found.source, {}).items():
+        read_from = None if found.reset else files
+        for kind, info in of_source.get(found.source or "", {}).items():
             key = header.names.moment_key(name, kind)
             if kind in POWERS:
-                files = None if found.reset else WEIGHTS
-                grown = GrownTensor(key, files, info.name, info.dtype, found.growth, power=POWERS[kind])
+                power = POWERS[kind]
+                grown = GrownTensor(key, read_from, info.name, info.dtype, found.growth, power, found.factor**power)
                 yield TargetTensor(key, info.dtype, found.growth.shape), grown
             elif found.reset and kind != STEP:
                 raise CheckpointError(
@@ -174,13 +178,13 @@ def _moments(header: DcpHeader, planned: Mapping[str, ParameterMoments]) -> Iter
                     "moments, or convert the weights alone to safetensors first"
                 )
             else:
-                yield _as_it_is(info, files=None if found.reset else WEIGHTS)
+                yield _as_it_is(info, files=read_from)
 
 
-def _carried(header: DcpHeader) -> Iterator[Entry]:
+def _carried(header: DcpHeader, files: str) -> Iterator[Entry]:
     for key in header.names.carried:
         stored = header.dcp.tensors[key]
-        yield _as_it_is(TensorInfo(key, stored.dtype, stored.shape, "", 0, stored.num_bytes), files=WEIGHTS)
+        yield _as_it_is(TensorInfo(key, stored.dtype, stored.shape, "", 0, stored.num_bytes), files=files)
 
 
 def _as_it_is(info: TensorInfo, *, files: str | None) -> Entry:
@@ -194,8 +198,9 @@ def _paths(plan: GrowthPlan, header: DcpHeader) -> dict[str, tuple[str | int, ..
     paths = dict(header.dcp.paths)
     for tensor in plan.tensors if header.names.weights else ():
         if tensor.name not in header.names.weights:
-            key, like = header.names.weight_key(tensor.name), header.names.weight_key(tensor.source.name)
-            paths[key] = header.path(key, like, tensor.source.name, tensor.name)
+            assert tensor.stored is not None, f"{tensor.name} grows from nothing"
+            key, like = header.names.weight_key(tensor.name), header.names.weight_key(tensor.stored)
+            paths[key] = header.path(key, like, tensor.stored, tensor.name)
     return paths
 
 

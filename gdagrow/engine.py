@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from gdagrow.axes import IndexMap
+from gdagrow.fresh import Fresh, fill_columns, fill_rows
 from gdagrow.growth import TensorGrowth, block_rows, copies_of
 from gdagrow.split import Noise, num_draws, split
 
 
 def grow_rows(
-    growth: TensorGrowth, source: Tensor, grown: Tensor, *, first_row: int, name: str, noise: Noise | None
-) -> None:
+    growth: TensorGrowth, source: Tensor, grown: Tensor, *, first_row: int, name: str, noise: Noise | None,
+    fresh: Fresh | None = None,
+) -> None:  # fmt: skip
     """Grow consecutive source rows along the columns.
 
     Args:
@@ -26,12 +28,17 @@ def grow_rows(
         first_row: Where those rows stand in the source tensor; with `noise` it decides the random words.
         name: The grown tensor's name, which decides the random words.
         noise: Zero-sum noise for split weights, or None for equal parts.
+        fresh: How free weights are drawn, for a growth with fresh columns.
     """
     columns = growth.columns
+    if columns.num_fresh:
+        assert fresh is not None, f"{name} has fresh columns"
+        fill_columns(growth, source, grown, first_row=first_row, name=name, fresh=fresh)
     draws = max(num_draws(s.copies) for s in columns.segments)
     if not growth.reads[-1]:
         for s in columns.segments:
-            grown[:, s.new : s.new + s.length] = source[:, s.old : s.old + s.length]
+            if not s.fresh:
+                grown[:, s.new : s.new + s.length] = source[:, s.old : s.old + s.length]
         return
     size = block_rows(growth)
     start = first_row
@@ -59,7 +66,9 @@ def _split_columns(columns: IndexMap, source: Tensor, grown: Tensor, words: Tens
             split(source[:, at], parts, words=used, amplitude=amplitude)
 
 
-def grow_tensor(growth: TensorGrowth, source: Tensor, name: str = "", noise: Noise | None = None) -> Tensor:
+def grow_tensor(
+    growth: TensorGrowth, source: Tensor, name: str = "", noise: Noise | None = None, fresh: Fresh | None = None
+) -> Tensor:
     """Grow a whole tensor in memory: what streaming does row by row, for small tensors and for tests.
 
     Returns:
@@ -67,11 +76,13 @@ def grow_tensor(growth: TensorGrowth, source: Tensor, name: str = "", noise: Noi
     """
     matrix = source.reshape(growth.rows.old_size, growth.columns.old_size)
     grown = source.new_empty((growth.rows.size, growth.columns.size))
-    row = 0
-    for start, stop in growth.rows.runs:
-        to = slice(row, row + stop - start)
-        grow_rows(growth, matrix[start:stop], grown[to], first_row=start, name=name, noise=noise)
-        row = to.stop
+    for s in growth.rows.segments:
+        rows, to = slice(s.old, s.old + s.length), slice(s.new, s.new + s.length)
+        if s.fresh:
+            assert fresh is not None, f"{name} has fresh rows"
+            fill_rows(growth, grown[to], first_row=s.old, name=name, fresh=fresh)
+        else:
+            grow_rows(growth, matrix[rows], grown[to], first_row=s.old, name=name, noise=noise, fresh=fresh)
     return grown.reshape(growth.shape)
 
 
@@ -82,13 +93,16 @@ def grow_moment_rows(growth: TensorGrowth, source: Tensor, grown: Tensor, *, row
         growth: The maps of the parameter that the moment belongs to.
         source: `[rows, old columns]`.
         grown: `[rows, new columns]` of the same dtype, written here.
-        row_copies: How many copies each of these rows has in the grown moment.
+        row_copies: How many copies each of these rows has in the grown moment. What is fresh begins at zero.
         power: 1 for `exp_avg` or a momentum buffer, 2 for `exp_avg_sq`: of the copies that are divided by.
 
     Source: growth-math 2; the gradient of a grown parameter is this with power 1.
     """
     writes_rows, writes_columns = len(growth.dims) == 2 and not growth.reads[0], not growth.reads[-1]
     for s in growth.columns.segments:
+        if s.fresh:
+            grown[:, s.new : s.new + s.length] = 0
+            continue
         copies = (row_copies if writes_rows else 1) * (s.copies if writes_columns else 1)
         part, old = grown[:, s.new : s.new + s.length], source[:, s.old : s.old + s.length]
         if copies == 1:
@@ -111,8 +125,11 @@ def grow_moment(growth: TensorGrowth, source: Tensor, power: int) -> Tensor:
     matrix = source.reshape(growth.rows.old_size, growth.columns.old_size)
     grown = source.new_empty((growth.rows.size, growth.columns.size))
     for s in growth.rows.segments:
-        old, to = matrix[s.old : s.old + s.length], grown[s.new : s.new + s.length]
-        grow_moment_rows(growth, old, to, row_copies=s.copies, power=power)
+        to = grown[s.new : s.new + s.length]
+        if s.fresh:
+            to.zero_()
+        else:
+            grow_moment_rows(growth, matrix[s.old : s.old + s.length], to, row_copies=s.copies, power=power)
     return grown.reshape(growth.shape)
 
 

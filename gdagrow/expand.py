@@ -21,6 +21,7 @@ from gdagrow.formats.publish import (
     staged,
     write_file,
 )
+from gdagrow.fresh import Fresh
 from gdagrow.output import Output
 from gdagrow.plan import GrowthPlan
 from gdagrow.reading import open_reader
@@ -89,7 +90,7 @@ def _write_tensors(
     noise = None if recipe.exact_copies else Noise(recipe.snr_db, recipe.seed)
     with ExitStack() as stack:
         readers = {files: stack.enter_context(open_reader(header)) for files, header in output.sources.items()}
-        grower = stack.enter_context(Grower(readers, noise))
+        grower = stack.enter_context(Grower(readers, noise, Fresh(plan.deviation, recipe.seed)))
         for layout in output.layouts:
             path = directory / layout.file
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,36 +31,28 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checkpoint without its weights: `config.json`, every tensor by name, and the shards' own metadata.
-
-    view_of: The header as it is stored, if this one shows the checkpoint in another layout (see `gdagrow.convert`).
-    """
+    """A checkpoint without its weights: `config.json`, every tensor by name, and the shards' own metadata."""
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    view_of: "Header | None" = None
 
     @property
     def stored(self) -> "Header":
-        """The header as it is stored."""
-        return self.view_of or self
-
-    def is_made(self, name: str) -> bool:
-        """Whether a view computes a tensor, rather than read it."""
-        return self.view_of is not None and not self.tensors[name].shard
+        """The header as it is stored, of which this one may be a view (see `gdagrow.views`)."""
+        return self
 
     @property
     def shards(self) -> tuple[str, ...]:
         """The weight files, sorted by name."""
-        return tuple(sorted({info.shard for info in self.stored.tensors.values()}))
+        return tuple(sorted({info.shard for info in self.tensors.values()}))
 
     @property
     def shard_bytes(self) -> Mapping[str, int]:
         """Bytes of each weight file, by name."""
         ends = {shard: 0 for shard in self.shards}
-        for info in self.stored.tensors.values():
+        for info in self.tensors.values():
             ends[info.shard] = max(ends[info.shard], info.stop)
         return ends
 

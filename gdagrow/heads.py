@@ -10,6 +10,9 @@ from gdagrow.errors import PlanError
 # Copies of one index: beyond any growth worth doing, within what the exact split of float64 can carry (9 spare bits).
 MAX_COPIES = 512
 
+# How often each signal head of each group stands in one copy of its group: `copies[group][head]`, never 0.
+HeadCopies = tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -81,16 +84,27 @@ def _all_equal(shares: list[dict[tuple[int, int], Fraction]], num_consumers: int
     return all(len(s) == num_consumers and all(part == Fraction(1, copies) for part in s.values()) for s in shares)
 
 
-def grow_heads(heads: Heads, *, signal: int | Ratio, noise: int, kv: int) -> HeadGrowth:
+def grow_heads(
+    heads: Heads, *, signal: int | Ratio, noise: int, kv: int, copies: HeadCopies | None = None
+) -> HeadGrowth:
     """Clone signal heads `signal` times, or up to a target ratio, noise heads `noise` times and KV groups `kv` times.
 
     New query groups are laid out as whole copies of the old block of their KV group, so that each KV copy serves one
     complete copy of its consumers wherever the factors allow it; copies of a signal head stay before their noise head.
 
+    Args:
+        copies: With a target ratio, how often each signal head stands in a copy of its group, which sums up to the
+            ratio; None for as evenly as can be, the first heads once more. A copy of a group holds all its heads, then
+            those with a second copy, then those with a third.
+
     Raises:
-        PlanError: the new heads do not divide into groups, or the groups into KV groups, or the ratio would shrink.
+        PlanError: the new heads do not divide into groups, or the groups into KV groups, or the ratio would shrink, or
+            a signal head would have too many copies.
     """
     ratio = _grown_ratio(heads, signal, noise)
+    if copies is not None:
+        assert isinstance(signal, Ratio), f"signal {signal} leaves nothing to choose"
+        _require_few(signal, noise, max(map(max, copies)))
     after = Heads(heads.num_groups * noise, ratio, heads.num_kv_groups * kv)
     if after.num_groups % after.num_kv_groups:
         fitting = [k for k in range(1, after.num_groups // heads.num_kv_groups + 1)
@@ -100,23 +114,42 @@ def grow_heads(heads: Heads, *, signal: int | Ratio, noise: int, kv: int) -> Hea
             f"(one noise head each); with noise x{noise}, choose kv from {', '.join(map(str, fitting))}"
         )
     if isinstance(signal, Ratio):
-        pattern = [[i % heads.ratio for i in range(ratio)]] * noise
+        chosen = copies or (first_copies(heads.ratio, ratio),) * heads.num_groups
+        pattern = [[_in_rounds(counts)] * noise for counts in chosen]
     else:
         slots = list(range(heads.ratio)) * signal
-        pattern = [slots[copy * ratio : (copy + 1) * ratio] for copy in range(noise)]
+        pattern = [[slots[copy * ratio : (copy + 1) * ratio] for copy in range(noise)]] * heads.num_groups
     served = heads.groups_per_kv
     order: list[tuple[int, int]] = []  # (old group, copy of it), in new order
     for tile in range(kv):
         for c in range(heads.num_kv_groups):
-            copies = [(c * served + i, copy) for copy in range(noise) for i in range(served)]
-            order += copies[tile * after.groups_per_kv : (tile + 1) * after.groups_per_kv]
+            block = [(c * served + i, copy) for copy in range(noise) for i in range(served)]
+            order += block[tile * after.groups_per_kv : (tile + 1) * after.groups_per_kv]
     return HeadGrowth(
         before=heads,
         after=after,
         group=IndexMap.of([group for group, _ in order], heads.num_groups),
-        signal=tuple(IndexMap.of(pattern[copy], heads.ratio) for _, copy in order),
+        signal=tuple(IndexMap.of(pattern[group][copy], heads.ratio) for group, copy in order),
         kv=IndexMap.tile(heads.num_kv_groups, kv),
     )
+
+
+def first_copies(ratio: int, target: int) -> tuple[int, ...]:
+    """As even counts as make up a target ratio, of which the first heads have one more."""
+    return tuple((target - head - 1) // ratio + 1 for head in range(ratio))
+
+
+def _in_rounds(counts: tuple[int, ...]) -> list[int]:
+    return [head for done in range(max(counts)) for head, count in enumerate(counts) if count > done]
+
+
+def _require_few(signal: Ratio, noise: int, copies: int) -> None:
+    """Raise PlanError if a signal head would have more copies, `copies` in each of its `noise` groups, than may be."""
+    if copies * noise > MAX_COPIES:
+        raise PlanError(
+            f"signal {signal} with noise x{noise}: a signal head would have {copies * noise} copies, expected at most "
+            f"{MAX_COPIES}; choose smaller ones"
+        )
 
 
 def _grown_ratio(heads: Heads, signal: int | Ratio, noise: int) -> int:
@@ -126,12 +159,7 @@ def _grown_ratio(heads: Heads, signal: int | Ratio, noise: int) -> int:
                 f"signal {signal}: the ratio would shrink from {heads.ratio}:1; growth never drops a head, "
                 f"choose {heads.ratio}:1 or more"
             )
-        copies = -(-signal.signal // heads.ratio) * noise
-        if copies > MAX_COPIES:
-            raise PlanError(
-                f"signal {signal} with noise x{noise}: a signal head would have {copies} copies, expected at most "
-                f"{MAX_COPIES}; choose smaller ones"
-            )
+        _require_few(signal, noise, first_copies(heads.ratio, signal.signal)[0])
         return signal.signal
     if heads.ratio * signal % noise:
         raise PlanError(

@@ -29,26 +29,35 @@ def moved_norm(old: int, new: int) -> float:
         return float((1 - _lambda_init(old)) / (1 - _lambda_init(new)))
 
 
-def moved_down(query: Sequence[float], key: Sequence[float], old: int, new: int) -> tuple[list[float], list[float]]:
-    """The vectors `lambda_q1` and `lambda_k1` of a layer that goes from index `old` to a smaller index `new`.
+def vectors_that_move(old: int, new: int) -> tuple[str, str]:
+    """Which two vectors take up the change of a layer's index, `lambda_q1` and `lambda_k1` or the others.
 
-    lambda_init grows with the index, so `exp(q1 . k1)` grows here and its logarithm exists. The shorter vector is
-    changed along the longer one, which is the smallest change of either that has the effect; where both are next to
-    nothing, their first components are set instead.
+    lambda_init grows with the index. Where it becomes less, the exponential that is added grows; where it becomes more,
+    the one that is taken off: a logarithm of what grows exists, whatever the vectors are.
+    """
+    return ("lambda_q1", "lambda_k1") if new < old else ("lambda_q2", "lambda_k2")
+
+
+def moved(query: Sequence[float], key: Sequence[float], old: int, new: int) -> tuple[list[float], list[float]]:
+    """The vectors `vectors_that_move(old, new)` of a layer that goes from index `old` to index `new`.
+
+    `exp(query . key)` grows by the difference that this makes to lambda_init. The shorter vector is changed along the
+    longer one, which is the smallest change of either that has the effect; where both are next to nothing, their first
+    components are set instead.
 
     Args:
-        query, key: `lambda_q1` and `lambda_k1`, `[head_dim]`; where they are not finite, they come back as they are.
+        query, key: `[head_dim]`; where they are not finite, they come back as they are.
 
     Returns:
         Both in float64.
     """
-    assert new < old, f"lambda_init of layer {new} is no smaller than that of layer {old}"
+    assert new != old, f"layer {old} stays where it is"
     if not all(map(isfinite, (*query, *key))):
         return list(query), list(key)
     with localcontext(_ARITHMETIC):
         q, k = ([Decimal(value) for value in vector] for vector in (query, key))
         now = sum((a * b for a, b in zip(q, k, strict=True)), start=Decimal())
-        change = _log_of_sum(now, _lambda_init(old) - _lambda_init(new)) - now
+        change = _log_of_sum(now, abs(_lambda_init(old) - _lambda_init(new))) - now
         q_long, k_long = (sum((value * value for value in vector), start=Decimal()) for vector in (q, k))
         if max(q_long, k_long) < _NOTHING:
             q[0] = k[0] = change.sqrt()

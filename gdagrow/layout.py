@@ -11,6 +11,7 @@ from gdagrow.formats.safetensors_layout import plan_shards
 from gdagrow.growth import block_rows
 from gdagrow.header import ITEM_BYTES
 from gdagrow.plan import GrowthPlan, TensorPlan
+from gdagrow.views import View
 
 DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
 
@@ -22,6 +23,7 @@ KEPT_CHUNKS: Final = 16  # chunks kept for further copies of their rows, as far 
 # dtype: some 20 numbers of 8 bytes, and with noise for each copy a random word and two numbers made of it.
 _SCRATCH_BYTES: Final = 20 * 8
 _SCRATCH_BYTES_A_COPY: Final = 4 + 2 * 8
+_SCRATCH_BYTES_FREE: Final = 4 + 8 + 8
 
 
 def parse_size(text: str) -> int:
@@ -56,8 +58,8 @@ def peak_memory_bytes(plan: GrowthPlan) -> int:
     chunks = (LOOKAHEAD + 1) * max(_chunk_bytes(tensor) for tensor in plan.tensors)
     kept = max(_kept_bytes(tensor) for tensor in plan.tensors)
     scratch = num_workers() * max(_scratch_bytes(tensor) for tensor in plan.tensors)
-    if plan.header.view_of:
-        # Rows that are stored in another order are copied together first.
+    if isinstance(plan.header, View):
+        # Rows that lie in another order are copied together first.
         scratch += num_workers() * max(_chunk_bytes(tensor) for tensor in plan.tensors)
     return chunks + kept + NUM_BLOCKS * BLOCK_BYTES + scratch
 
@@ -74,9 +76,11 @@ def _kept_bytes(tensor: TensorPlan) -> int:
 
 
 def _scratch_bytes(tensor: TensorPlan) -> int:
+    columns, rows = tensor.growth.columns, block_rows(tensor.growth)
+    # Of free weights a random word and a float64; of whole rows of them, or of columns.
+    drawn = rows * (columns.size if tensor.growth.rows.num_fresh else columns.num_fresh) * _SCRATCH_BYTES_FREE
     if not tensor.growth.splits:
-        return 0
-    columns = tensor.growth.columns
+        return drawn
     copies = max(segment.copies for segment in columns.segments)
     per_weight = _SCRATCH_BYTES + (copies * _SCRATCH_BYTES_A_COPY if tensor.noisy else 0)
-    return block_rows(tensor.growth) * columns.old_size * per_weight
+    return drawn + rows * columns.old_size * per_weight

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from gdagrow.axes import IndexMap
-from gdagrow.convert import row_maps
 from gdagrow.errors import CheckpointError
 from gdagrow.growth import TensorGrowth
 from gdagrow.plan import GrowthPlan, TensorPlan
+from gdagrow.views import Origin, origin_of
 
 # Where transformers' Trainer keeps them, and the state of its learning-rate schedule.
 OPTIMIZER_FILE: Final = "optimizer.pt"
@@ -43,15 +43,17 @@ class ParameterMoments:
 
     name: The grown parameter.
     parameter: Its row of the architecture's table.
-    source: The stored parameter whose moments are grown.
+    source: The stored parameter whose moments are grown, None if there is none.
     growth: From those moments as they are stored to the grown ones.
+    factor: What a gradient is multiplied by besides, because the parameter was divided by it.
     reset: Why they begin at zero instead, with the step count of their bias correction; None where they are carried.
     """
 
     name: str
     parameter: str
-    source: str
+    source: str | None
     growth: TensorGrowth
+    factor: float
     reset: str | None
 
 
@@ -66,21 +68,21 @@ def require_optimizer(directory: Path, file: str = OPTIMIZER_FILE) -> None:
 
 def plan_moments(plan: GrowthPlan, policy: Moments) -> dict[str, ParameterMoments]:
     """What becomes of every grown parameter's moments, by name and in the order of `named_parameters()`."""
-    stored_rows = row_maps(plan.header) if plan.header.view_of else {}
-    return {
-        tensor.name: ParameterMoments(
-            tensor.name, tensor.parameter, tensor.source.name,
-            _from_stored(tensor.growth, stored_rows.get(tensor.source.name)), _reset(plan, tensor, policy),
-        )
-        for tensor in plan.tensors
-    }  # fmt: skip
+    found = {}
+    for tensor in plan.tensors:
+        origin = origin_of(plan.header, tensor.source.name)
+        found[tensor.name] = ParameterMoments(
+            tensor.name, tensor.parameter, origin.name, _from_stored(tensor.growth, origin.rows), 1 / origin.factor,
+            _reset(tensor, origin, policy),
+        )  # fmt: skip
+    return found
 
 
-def _reset(plan: GrowthPlan, tensor: TensorPlan, policy: Moments) -> str | None:
+def _reset(tensor: TensorPlan, origin: Origin, policy: Moments) -> str | None:
     if policy is Moments.reset:
         return "asked for"
-    # What a conversion makes has no moments of its own to carry.
-    exempt = policy is Moments.carry and not plan.header.is_made(tensor.source.name)
+    # What is made has no moments of its own to carry.
+    exempt = policy is Moments.carry and origin.anew is None
     return None if exempt else tensor.moments_lost
 
 

@@ -25,6 +25,7 @@ class GrownTensor:
     dtype: Safetensors dtype code, the stored tensor's own.
     growth: Its index maps.
     power: None for a weight; for an optimizer moment, the power of the copies that it is divided by.
+    factor: What a moment is multiplied by besides.
     noisy: Whether what is split gets zero-sum noise.
     """
 
@@ -34,6 +35,7 @@ class GrownTensor:
     dtype: str
     growth: TensorGrowth
     power: int | None = None
+    factor: float = 1.0
     noisy: bool = False
 
     @property

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from gdagrow.axes import IndexMap
-from gdagrow.convert import INDEX_SHIFT, LAMBDAS, SUBLN, row_maps
 from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_tensors import DcpTensors
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_reader import TensorReader
+from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.formats.torch_file import TorchFileHeader, TorchFileReader
-from gdagrow.formats.weight_files import NO_FILE, RowsInFile
+from gdagrow.formats.weight_files import NO_FILE, RowFiles, RowsInFile, WeightFiles
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
-from gdagrow.lambda_init import moved_down, moved_norm
+from gdagrow.views import Made, Seen, View, Zeros, origin_of
 
 
 class RowReader(Protocol):
@@ -47,43 +47,54 @@ def open_reader(header: Header) -> RowReader:
         return DcpTensors(header)
     if isinstance(header, TorchFileHeader):
         return TorchFileReader(header)
-    return TensorReader(header) if header.view_of is None else ViewReader(header)
+    return ViewReader(header) if isinstance(header, View) else TensorReader(header)
 
 
-class ViewReader(TensorReader):
-    """The tensors of a DiffLlama checkpoint in Motif's layout (see `gdagrow.convert`), row range by row range.
+class ViewReader:
+    """The tensors of a view (see `gdagrow.views`), row range by row range.
 
-    Rows that are stored in another order are copied together, a run of them at a time; made tensors are computed, in
-    float64; all others are read as they are stored.
+    Rows that lie in another order are copied together, a run of them at a time; made tensors are computed, in float64.
     """
 
-    def __init__(self, view: Header) -> None:
-        super().__init__(view.stored)
-        self._shapes = {name: info.shape for name, info in view.tensors.items()}
-        self._maps = row_maps(view)
-        self._made = {made.format(layer=layer): (made, layer)
-                      for made in (*LAMBDAS, SUBLN) for layer in range(view.config["num_hidden_layers"])}  # fmt: skip
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._under = open_reader(view.under)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._under.close()
 
     def tensor(self, name: str) -> Tensor:
-        if name in self._made:
-            return self._make(*self._made[name])
-        return self.rows(name, 0, self._shapes[name][0]) if name in self._maps else super().tensor(name)
+        """Return all of one tensor."""
+        how = self._view.derived[name]
+        if isinstance(how, Made):
+            return torch.tensor(how.make(*self._values(how.names)), dtype=torch.float64)
+        if isinstance(how, Seen) and how.rows is None:
+            return self._under.tensor(how.name)
+        return self.rows(name, 0, self._view.tensors[name].shape[0])
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        if name in self._made:
-            return self._make(*self._made[name])[begin:end]
-        if name not in self._maps:
-            return super().rows(name, begin, end)
-        parts = [super(ViewReader, self).rows(name, *run) for run in _runs_between(self._maps[name], begin, end)]
-        return torch.cat(parts) if parts else super().rows(name, 0, 0)
+        """Return rows `[begin, end)` of a tensor."""
+        how = self._view.derived[name]
+        if isinstance(how, Made):
+            return self.tensor(name)[begin:end]
+        if isinstance(how, Zeros):
+            info = self._view.tensors[name]
+            return torch.zeros((end - begin, *info.shape[1:]), dtype=DTYPES[info.dtype])
+        if how.rows is None:
+            return self._under.rows(how.name, begin, end)
+        parts = [self._under.rows(how.name, *run) for run in _runs_between(how.rows, begin, end)]
+        return torch.cat(parts) if parts else self._under.rows(how.name, 0, 0)
 
-    def _make(self, made: str, layer: int) -> Tensor:
-        old, new = layer + INDEX_SHIFT, layer
-        if made == SUBLN:
-            return torch.full(self._shapes[made.format(layer=layer)], moved_norm(old, new), dtype=torch.float64)
-        query, key = (super(ViewReader, self).tensor(name.format(layer=layer)).double().tolist() for name in LAMBDAS)
-        moved = moved_down(query, key, old, new)
-        return torch.tensor(moved[LAMBDAS.index(made)], dtype=torch.float64)
+    def _values(self, names: tuple[str, ...]) -> list[list[float]]:
+        return [self._under.tensor(name).double().tolist() for name in names]
 
 
 class ReadRows:
@@ -113,6 +124,48 @@ class ReadRows:
         octets[:] = tensor_bytes(
             self._reader.rows(rows.info.name, begin, begin + len(octets) // row_bytes).contiguous()
         )
+
+
+class ViewRows:
+    """A view for those who read bytes: from the files where a tensor is stored as it is seen, else as `ReadRows`."""
+
+    def __init__(self, view: View) -> None:
+        self._made = ReadRows(view)
+        self._files = WeightFiles(view.stored)
+        self._stored = {
+            name: origin.name
+            for name in view.tensors
+            if (origin := origin_of(view, name)).name is not None and origin.is_stored and origin.rows is None
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._made.__exit__(kind, error, trace)
+        self._files.__exit__(kind, error, trace)
+
+    def find(self, name: str, begin: int = 0, end: int | None = None) -> RowsInFile:
+        """Rows `[begin, end)` of a tensor."""
+        stored = self._stored.get(name)
+        return self._made.find(name, begin, end) if stored is None else self._files.find(stored, begin, end)
+
+    def read(self, rows: RowsInFile, skipped: int, octets: memoryview) -> None:
+        """Fill `octets` with bytes of those rows, after the first `skipped`."""
+        (self._made if rows.file == NO_FILE else self._files).read(rows, skipped, octets)
+
+
+def open_rows(header: Header) -> RowFiles:
+    """Open the files of a checkpoint for those who read bytes.
+
+    Raises:
+        CheckpointError: a shard is gone, or its header is no longer the one that was read.
+    """
+    if isinstance(header.stored, DcpHeader):
+        return ReadRows(header)
+    return ViewRows(header) if isinstance(header, View) else WeightFiles(header)
 
 
 def _row_bytes(info: TensorInfo) -> int:

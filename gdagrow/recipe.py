@@ -234,20 +234,29 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: the file cannot be read or is not a YAML mapping; `make_recipe` judges the fields.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        with path.open(encoding="utf-8") as file:
-            values = YAML(typ="safe", pure=True).load(file)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"recipe {path}: cannot be read: {reason}") from None
-    except (YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split()[:40])
-        raise RecipeError(f"recipe {path}: not YAML: {reason}") from None
+    values = read_yaml(path, f"recipe {path}")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(
             f"recipe {path}: expected keys with values, such as 'signal: 2' for a growth, got {type(values).__name__}"
         )
     return values
+
+
+def read_yaml(path: Path, origin: str) -> Any:
+    """Read a YAML 1.2 file of plain values, in which `4:1` is text and a key stands once.
+
+    Raises:
+        RecipeError: the file cannot be read or is not YAML; begins with `origin`.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            return YAML(typ="safe", pure=True).load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RecipeError(f"{origin}: cannot be read: {reason}") from None
+    except (YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()[:40])
+        raise RecipeError(f"{origin}: not YAML: {reason}") from None

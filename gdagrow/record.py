@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import gdagrow
+from gdagrow.axes import IndexMap
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
 from gdagrow.plan import GrowthPlan
 
 RECORD_FILE: Final = "growth.json"
 FORMAT: Final = 1
+FEATURES: Final = ("hidden", "ffn")
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,7 @@ def growth_record(
         "factors": plan.factors,
         "tied": {"source": plan.tied_before, "grown": plan.tied_after},
         "noise": None if recipe.exact_copies else {"snr_db": recipe.snr_db, "seed": recipe.seed},
-        "lineage": {
-            # For each new query group, the old [group, signal head] of its signal heads, in order.
-            "signal_heads": plan.heads.lineage(),
-            # For each new query group, the old group whose noise head it holds; for each new KV group, the old one.
-            "noise_heads": list(plan.heads.group),
-            "kv_groups": list(plan.heads.kv),
-            # New features in order, as runs [start, stop) of old ones.
-            "hidden": _runs(plan, "hidden"),
-            "ffn": _runs(plan, "ffn"),
-        },
+        "lineage": _lineage(plan),
         "notation": {t.parameter: t.notation for t in plan.tensors},
         "learning_rate_multipliers": {t.parameter: t.learning_rate_multiplier for t in plan.tensors},
         "moments_not_carried": lost,
@@ -141,8 +134,32 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("torch", "safetensors")}
 
 
-def _runs(plan: GrowthPlan, axis: str) -> list[list[int]]:
-    return [list(run) for run in plan.maps.of(axis, None).runs]
+def _lineage(plan: GrowthPlan) -> dict[str, Any]:
+    """Which old index each new one comes from, along every axis."""
+    maps = plan.maps.common
+    by_layer = [growth.lineage() for growth in plan.heads_of_layer]
+    alike = all(heads == by_layer[0] for heads in by_layer)
+    lineage: dict[str, Any] = {
+        # For each new query group, the old [group, signal head] of its signal heads, in order: in all layers, or in
+        # each new layer.
+        **({"signal_heads": by_layer[0]} if alike else {"signal_heads_by_layer": by_layer}),
+        # For each new query group, the old group whose noise head it holds; for each new KV group, the old one.
+        "noise_heads": list(plan.heads.group),
+        "kv_groups": list(plan.heads.kv),
+        # New features in order, as runs [start, stop) of old ones.
+        **{axis: _old_runs(maps.of(axis, None)) for axis in FEATURES},
+    }
+    if fresh := {axis: count for axis in FEATURES if (count := maps.of(axis, None).num_fresh)}:
+        # How many features stand behind those, that come from none.
+        lineage["fresh"] = fresh
+    if plan.layers.new:
+        # For each new layer the old one that it is, or is a copy of; and which of them are such new blocks.
+        lineage |= {"layers": list(plan.layers.source), "new_layers": sorted(plan.layers.new)}
+    return lineage
+
+
+def _old_runs(index_map: IndexMap) -> list[list[int]]:
+    return [list(run) for run in index_map.runs if run[0] < index_map.old_size]
 
 
 def _files(digests: Mapping[str, FileDigest]) -> dict[str, dict[str, Any]]:

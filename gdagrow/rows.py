@@ -1,12 +1,14 @@
 """The rows of an architecture's table that a checkpoint's tensors stand in, and those that they grow into."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gdagrow.archs import Architecture, Parameter, Sizes
-from gdagrow.axes import AxisMaps, parse
+from gdagrow.axes import parse
 from gdagrow.errors import CheckpointError
+from gdagrow.growth import GrowthMaps, TensorGrowth
 from gdagrow.header import Header
+from gdagrow.views import origin_of
 
 GROWABLE_DTYPES = ("F64", "F32", "BF16", "F16")
 
@@ -58,41 +60,54 @@ def in_model_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tu
 
 @dataclass(frozen=True)
 class GrownRow:
-    """One tensor of a grown checkpoint: its name, the source's tensor, its row of the table, its notation there."""
+    """One tensor of a grown checkpoint.
+
+    name, source: It, and the source's tensor.
+    parameter: Its row of the table.
+    layer: The layer that it stands in; 0 for one outside the layers.
+    notation: Its dimensions in the grown model.
+    """
 
     name: str
     source: str
     parameter: Parameter
+    layer: int
     notation: str
 
+    def growth(self, maps: GrowthMaps) -> TensorGrowth:
+        """How it grows, where the axes do as `maps` say."""
+        return maps.growth(self.notation, self.layer, is_gain=self.parameter.part == "norm")
 
-def grown_rows(
-    header: Header, architecture: Architecture, parameters: Mapping[str, Parameter], *, tied_after: bool
-) -> Iterator[GrownRow]:
-    """Every tensor that a source's `parameters` (see `claim`) grow into."""
-    for name, parameter in parameters.items():
-        # A tied head cannot be split, for its tensor is the embedding too: the norm that feeds it is split instead.
-        carries_split = tied_after and name == architecture.last_norm
-        yield GrownRow(name, name, parameter, "<- hidden" if carries_split else parameter.notation)
+
+def grown_rows(header: Header, architecture: Architecture, num_layers: int, *, tied_after: bool) -> Iterator[GrownRow]:
+    """Every tensor that a source of `num_layers` layers grows into; it fits its table (see `claim`)."""
+    for parameter, layer in in_model_order(architecture.table(header.config), num_layers):
+        name = parameter.name.format(layer=layer)
+        if name in header.tensors:
+            # A tied head cannot be split, for its tensor is the embedding too: the norm that feeds it is split instead.
+            carries_split = tied_after and name == architecture.last_norm
+            yield GrownRow(name, name, parameter, layer, "<- hidden" if carries_split else parameter.notation)
     if architecture.is_tied(header.config) and not tied_after:
         head = next(p for p in architecture.table({**header.config, "tie_word_embeddings": False})
                     if p.name == architecture.head)  # fmt: skip
-        yield GrownRow(head.name, architecture.embedding, head, head.notation)
+        yield GrownRow(head.name, architecture.embedding, head, 0, head.notation)
 
 
 def why_moments_are_lost(
-    row: GrownRow, architecture: Architecture, maps: AxisMaps, *, untied: bool, made: bool
+    row: GrownRow, header: Header, architecture: Architecture, maps: GrowthMaps, *, untied: bool
 ) -> str | None:
     """Why the optimizer moments of a grown tensor cannot be carried exactly, or None where they can.
 
-    `untied`: whether the source's embeddings are tied and the grown model's are not; `made`: whether the tensor was
-    made in a conversion.
+    `header`: What is grown, of which the row's source is a tensor; `untied`: whether the source's embeddings are tied
+    and the grown model's are not.
     """
-    if made:
-        return "it is made in the conversion, from another value"
+    origin = origin_of(header, row.source)
+    if origin.anew is not None:
+        return origin.anew
     if untied and row.name == architecture.embedding:
         return "its tied gradient was that of two parameters"
     if untied and row.name == architecture.head:
         return "it is new: the source's head was tied to the embedding"
-    unequal = sorted(maps.unequal & parse(row.notation).axes(read=False))
+    axes = parse(row.notation)
+    unequal = sorted(maps.by_layer[row.layer].unequal & axes.axes(read=False))
     return f"copies along {', '.join(unequal)} serve unequal shares of what they served" if unequal else None

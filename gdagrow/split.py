@@ -53,8 +53,13 @@ class Noise:
 
     def generator(self, tensor: str, block: int) -> torch.Generator:
         """The source of random words for one block of source rows of one tensor."""
-        digest = blake2b(f"{self.seed}/{tensor}/{block}".encode(), digest_size=4).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return words_of(self.seed, tensor, block)
+
+
+def words_of(seed: int, tensor: str, block: int) -> torch.Generator:
+    """The source of random words for one block of source rows of one tensor."""
+    digest = blake2b(f"{seed}/{tensor}/{block}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def num_draws(copies: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gdagrow.engine import grow_moment_rows, grow_rows
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.torch_dtypes import DTYPES
+from gdagrow.fresh import Fresh, fill_rows
 from gdagrow.growth import block_rows
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, num_workers
 from gdagrow.output import GrownTensor
@@ -24,7 +25,8 @@ from gdagrow.split import Noise
 class _Job:
     """Grow source rows `[start, stop)` of a tensor seen as `[rows, columns]`; they are the next rows of the output.
 
-    `copies`: how often those rows stand in the grown tensor; `again`: whether they come once more further down.
+    `copies`: how often those rows stand in the grown tensor; `again`: whether they come once more further down;
+    `fresh`: whether they come from no row of the source.
     """
 
     tensor: GrownTensor
@@ -32,6 +34,7 @@ class _Job:
     stop: int
     copies: int
     again: bool
+    fresh: bool
 
 
 _Grown = tuple[memoryview, Tensor]  # a chunk, and the buffer that holds it
@@ -40,9 +43,9 @@ _Grown = tuple[memoryview, Tensor]  # a chunk, and the buffer that holds it
 class Grower:
     """Grows tensors in order. Use as a context manager."""
 
-    def __init__(self, readers: Mapping[str, RowReader], noise: Noise | None) -> None:
+    def __init__(self, readers: Mapping[str, RowReader], noise: Noise | None, fresh: Fresh) -> None:
         """`readers`: see `GrownTensor.files`; `noise` is for those tensors that are `noisy`."""
-        self._readers, self._noise = readers, noise
+        self._readers, self._noise, self._fresh = readers, noise, fresh
         # Each worker is one thread; torch's own threads would only get in its way.
         self._workers = ThreadPoolExecutor(num_workers(), "gdagrow-grow", torch.set_num_threads, (1,))
         # The buffer used last is used next: those that are never needed are never touched, and take no memory.
@@ -85,20 +88,24 @@ class Grower:
         if buffer.numel() < num_bytes:
             buffer = torch.empty(num_bytes, dtype=torch.uint8)
         grown = buffer[:num_bytes].view(DTYPES[tensor.dtype]).view(num_rows, -1)
-        source = self._read(job)
-        if source is None:
+        if tensor.files is None or (job.fresh and tensor.power is not None):
             grown.zero_()
+        elif job.fresh:
+            fill_rows(tensor.growth, grown, first_row=job.start, name=tensor.name, fresh=self._fresh)
         elif tensor.power is None:
-            noise = self._noise if tensor.noisy else None
-            grow_rows(tensor.growth, source, grown, first_row=job.start, name=tensor.name, noise=noise)
+            source, noise = self._read(tensor.files, job), self._noise if tensor.noisy else None
+            grow_rows(
+                tensor.growth, source, grown, first_row=job.start, name=tensor.name, noise=noise, fresh=self._fresh
+            )
         else:
+            source = self._read(tensor.files, job)
             grow_moment_rows(tensor.growth, source, grown, row_copies=job.copies, power=tensor.power)
+            if tensor.factor != 1:
+                grown.mul_(tensor.factor)
         return tensor_bytes(buffer[:num_bytes]), buffer
 
-    def _read(self, job: _Job) -> Tensor | None:
-        if job.tensor.files is None:
-            return None
-        reader = self._readers[job.tensor.files]
+    def _read(self, files: str, job: _Job) -> Tensor:
+        reader = self._readers[files]
         if len(job.tensor.growth.dims) == 1:
             return reader.tensor(job.tensor.source).reshape(1, -1)
         return reader.rows(job.tensor.source, job.start, job.stop)
@@ -113,6 +120,5 @@ def _jobs(tensor: GrownTensor) -> Iterator[_Job]:
     for segment in tensor.growth.rows.segments:
         start, stop = segment.old, segment.old + segment.length
         for cut in range(start - start % rows, stop, rows):
-            yield _Job(
-                tensor, max(cut, start), min(cut + rows, stop), segment.copies, segment.copy + 1 < segment.copies
-            )
+            again = segment.copy + 1 < segment.copies
+            yield _Job(tensor, max(cut, start), min(cut + rows, stop), segment.copies, again, segment.fresh)

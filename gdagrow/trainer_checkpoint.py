@@ -103,11 +103,11 @@ def _grown_tree(
     known = {name: number for number, names in enumerate(state.groups) for name in names}
     dealt: list[list[str]] = [[] for _ in state.groups]
     for name, found in planned.items():
-        number = known.get(name, known.get(found.source, state.group_of(name, dims[name])))
+        number = state.group_of(name, dims[name]) if found.source is None else known.get(found.source)
         if number is not None:
             dealt[number].append(name)
     for names, stored in zip(dealt, state.groups, strict=True):
-        _put_in_order(names, stored)
+        _put_in_order(names, stored, planned)
     grown: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     count = 0
@@ -119,7 +119,7 @@ def _grown_tree(
         for number, name in zip(numbers, names, strict=True):
             found = planned[name]
             # An optimizer makes what is left out when it first needs it: zeros, and a step count of zero.
-            if found.reset is None and kept.get(found.source):
+            if found.reset is None and found.source is not None and kept.get(found.source):
                 grown[number] = {key: _grown_leaf(state, found, key, leaf, tensors)
                                  for key, leaf in kept[found.source].items()}  # fmt: skip
     rest = {
@@ -128,10 +128,16 @@ def _grown_tree(
     return {"state": grown, "param_groups": groups, **rest}, tensors
 
 
-def _put_in_order(names: list[str], stored: Sequence[str]) -> None:
-    """Sort a group's parameters as they are `stored`; one that is new stays behind the one that it follows."""
+def _put_in_order(names: list[str], stored: Sequence[str], planned: Mapping[str, ParameterMoments]) -> None:
+    """Sort a group's parameters as their sources are `stored`, if that is no order of `named_parameters()`.
+
+    One that has no source there stays behind the one that it follows.
+    """
     known, place = {name: number for number, name in enumerate(stored)}, -1
-    places = {name: (place := known.get(name, place)) for name in names}
+    in_order = [found.source for found in planned.values() if found.source in known]
+    if list(stored) == list(dict.fromkeys(in_order)):
+        return
+    places = {name: (place := known.get(planned[name].source or name, place)) for name in names}
     names.sort(key=places.__getitem__)
 
 
@@ -149,7 +155,10 @@ def _grown_leaf(
         return leaf
     if key not in POWERS:
         return read_small(state.path, leaf)
-    grown = GrownTensor(f"{found.name}/{key}", _MOMENTS, leaf.name, leaf.dtype, found.growth, power=POWERS[key])
+    power = POWERS[key]
+    grown = GrownTensor(
+        f"{found.name}/{key}", _MOMENTS, leaf.name, leaf.dtype, found.growth, power, found.factor**power
+    )
     tensors[grown.name] = grown
     return grown.target
 

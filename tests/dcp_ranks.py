@@ -6,7 +6,6 @@ its function on so many forked processes, one job after another.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -25,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from gdagrow.models.gda import GdaModel, load_model
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 SEED = 7
@@ -152,17 +152,8 @@ def _run(rank: int, ranks: int, port: int, function: str, arguments: list[Any]) 
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name, count, *rest in json.loads(sys.argv[1]):
-        torch.multiprocessing.start_processes(
-            _run, (count, _free_port(), name, rest), nprocs=count, start_method="fork"
-        )
+        torch.multiprocessing.start_processes(_run, (count, free_port(), name, rest), nprocs=count, start_method="fork")

@@ -1,11 +1,13 @@
 """The heads of one layer as a picture: a row for each query group, its signal heads and its noise head last."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rich.table import Table
 from rich.text import Text
 
+from gdagrow.axes import IndexMap
 from gdagrow.heads import HeadGrowth, Heads
 
 SIGNAL: Final = "bold black on cyan"
@@ -13,6 +15,7 @@ NOISE: Final = "bold white on magenta"
 
 # More groups than these are drawn as the first few and the last; so are more signal heads than fit the width.
 _MAX_GROUPS: Final = 16
+_MAX_CHOICES: Final = 16
 _WIDTH_OF_THE_REST: Final = 42  # the other columns and the noise head
 _WIDTH_OF_LEFT_OUT: Final = 14
 
@@ -42,6 +45,38 @@ def draw_growth(growth: HeadGrowth, width: int) -> Table:
         old = list(growth.group)[group]
         table.add_row(*_place(growth.after, group), _cells(cells, width), f"group {old}")
     return table
+
+
+def draw_choices(growths: Sequence[HeadGrowth]) -> Table:
+    """Which signal heads are cloned more than others of their group, in layers that differ in that.
+
+    growths: One for each layer of the grown model.
+    """
+    layers: dict[HeadGrowth, list[int]] = {}
+    for layer, growth in enumerate(growths):
+        layers.setdefault(growth, []).append(layer)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("layers", overflow="fold")
+    table.add_column("in each group of the source", overflow="fold")
+    alike = list(layers.items())
+    for i in _shown(len(alike), _MAX_CHOICES):
+        if i is None:
+            table.add_row("...", Text(f"{len(alike) - _MAX_CHOICES} more choices", "dim"))
+        else:
+            growth, found = alike[i]
+            table.add_row(_numbers(found), " | ".join(_cloned_more(growth)))
+    return table
+
+
+def _cloned_more(growth: HeadGrowth) -> list[str]:
+    """For each group of the source, `S0 S2`: each head as often as it has copies beyond those of the least cloned."""
+    groups = list(growth.group)
+    told = []
+    for old in range(growth.before.num_groups):
+        copies = Counter(growth.signal[groups.index(old)])
+        least = min(copies.values())
+        told.append(" ".join(f"S{head}" for head in sorted(copies) for _ in range(copies[head] - least)) or "none")
+    return told
 
 
 def legend() -> Text:
@@ -78,9 +113,9 @@ def _cells(signal: Sequence[str], width: int) -> Text:
     return text.append(" N ", NOISE)
 
 
-def _numbers(heads: Sequence[int]) -> str:
-    first, last = heads[0], heads[-1]
-    return f"{first}-{last}" if last - first + 1 == len(heads) else ", ".join(map(str, heads))
+def _numbers(ascending: Sequence[int]) -> str:
+    runs = IndexMap.of(list(ascending), ascending[-1] + 1).runs
+    return ", ".join(f"{start}-{stop - 1}" if stop - start > 1 else str(start) for start, stop in runs)
 
 
 def _shown(count: int, at_most: int) -> list[int | None]:

@@ -1,6 +1,6 @@
 """`gdagrow plan`: what a growth would make of a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from rich.console import Console, RenderableType
@@ -12,13 +12,14 @@ from gdagrow.costs import growth_figures
 from gdagrow.formats.publish import Companions, SkippedFile, list_companions
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.growing import Growing
+from gdagrow.heads import HeadGrowth
 from gdagrow.moments import Moments
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE
 from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
 from gdagrow_cli.figures_view import HEADING, figures_table
-from gdagrow_cli.head_map import draw_growth, legend
+from gdagrow_cli.head_map import draw_choices, draw_growth, legend
 
 _WRITTEN_ANEW: Final = ("config.json", RECORD_FILE, INDEX_FILE)
 
@@ -142,13 +143,21 @@ def _print(console: Console, growing: Growing, companions: Companions) -> None:
     console.print(f"{plan.architecture.name}: {growth_text(plan)}")
     console.print()
     console.print(figures_table({"source": figures.source, "grown": figures.grown}))
-    print_section(console, "Heads of every layer of the grown model", draw_growth(plan.heads, console.width), legend())
+    _print_heads(console, (plan.heads,))
     print_section(console, "Shapes, and the learning rate suggested for split weights", _shapes_table(plan))
     print_state(console, growing)
     print_companions(console, growing, companions)
     memory = f"about {bytes_text(figures.peak_memory_bytes)} beside Python and torch themselves"
     print_section(console, "Memory to expand", memory)
     print_hints(console, growing)
+
+
+def _print_heads(console: Console, growths: Sequence[HeadGrowth]) -> None:
+    alike = len(set(growths)) == 1
+    heading = f"Heads of {'every layer' if alike else 'layer 0'} of the grown model"
+    print_section(console, heading, draw_growth(growths[0], console.width), legend())
+    if not alike:
+        print_section(console, "Signal heads cloned more than others, by layer", draw_choices(growths))
 
 
 def _shapes_table(plan: GrowthPlan) -> Table:

@@ -60,6 +60,9 @@ class Architecture(Protocol):
     embedding: str  # the parameter that a tied head shares
     head: str  # the parameter that an untied head adds
     last_norm: str  # the norm before the head, which carries the split of a tied head's input
+    subln: str | None  # the weight of the sub-norm in a layer, None if it has none
+    lambdas: str  # a lambda vector in a layer, by its `name` such as `lambda_q1`
+    norm_eps: str | None  # the config's key for the eps of norms over the residual stream, if they alone have it
     only_ratio: int | None  # the one ratio that the layout can hold, None if it holds any
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
@@ -67,6 +70,9 @@ class Architecture(Protocol):
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the head reads the embedding's own tensor."""
+
+    def averages_ffn(self, config: Mapping[str, Any]) -> bool:
+        """Whether the activation averages over the FFN, so that all its units must have as many copies."""
 
     def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
         """Every parameter of a checkpoint with this config."""

@@ -48,6 +48,9 @@ class DiffLlama:
     embedding = "model.embed_tokens.weight"
     head = _HEAD.name
     last_norm = "model.norm.weight"
+    subln: str | None = None
+    lambdas = _ATTENTION + "{name}"
+    norm_eps: str | None = None  # its sub-norm has the same
     only_ratio: int | None = 1
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
@@ -77,6 +80,9 @@ class DiffLlama:
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get("tie_word_embeddings", False))
+
+    def averages_ffn(self, config: Mapping[str, Any]) -> bool:
+        return False
 
     def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
         head = () if self.is_tied(config) else (_HEAD,)

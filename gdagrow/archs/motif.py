@@ -54,6 +54,9 @@ class Motif:
     embedding = "model.embed_tokens.weight"
     head = _HEAD.name
     last_norm = "model.norm.weight"
+    subln: str | None = _ATTENTION + "subln.weight"
+    lambdas = _ATTENTION + "{name}"
+    norm_eps: str | None = "rms_norm_eps"
     only_ratio: int | None = None
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
@@ -80,6 +83,9 @@ class Motif:
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get("tie_word_embeddings", False))
+
+    def averages_ffn(self, config: Mapping[str, Any]) -> bool:
+        return bool(config["hidden_act"] == "poly_norm")
 
     def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
         head = () if self.is_tied(config) else (_HEAD,)

@@ -138,7 +138,7 @@ def _try(what: str, problems: dict[str, str], measure: Callable[[], _T]) -> _T |
 
 
 def _heads(source: Path, grown: Path) -> HeadLineage:
-    maps = lineage_of(*read_pair(source, grown)).maps
+    maps = lineage_of(*read_pair(source, grown)).maps.common
     groups = tuple(maps.of("group", None))
     signal = tuple(tuple((old, head) for head in maps.of("signal", new)) for new, old in enumerate(groups))
     return HeadLineage(signal, groups, tuple(maps.of("kv", None)))

@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gdagrow.archs import Parameter, Sizes
-from gdagrow.axes import AxisMaps
+from gdagrow.archs import Parameter
+from gdagrow.verify.ancestry import Ancestry
 from gdagrow.verify.clones import Piece, cosine_and_distance, inner_products, pieces
 
 # Indices of each head, or of each stretch of features, whose copies are compared, and weights of each of them: copies
@@ -54,26 +54,34 @@ class _Copies:
 class CopyMeter:
     """Measures the copies of a grown model, matrix by matrix."""
 
-    def __init__(self, table: Mapping[str, Parameter], maps: AxisMaps, before: Sizes) -> None:
-        """`table` by name; `maps` and `before`: the growth, and the sizes that it started from."""
-        self._copies: dict[str, tuple[_Copies, ...]] = {}
-        for name, parameter in table.items():
-            notation = parameter.parsed
-            if len(notation.dims) == 2:
-                dims = zip(notation.dims, notation.index_maps(maps), notation.reads, strict=True)
-                self._copies[name] = tuple(
-                    copies
-                    for dim, (expression, index_map, reads) in enumerate(dims)
-                    for copies in _sampled(dim, list(pieces(expression, index_map, before)), written=not reads)
-                )
+    def __init__(self, table: Mapping[str, Parameter], ancestry: Ancestry) -> None:
+        """`table` by name; `ancestry`: the growth, and the sizes that it started from."""
+        self._table, self._ancestry = table, ancestry
+        self._known: dict[int, tuple[_Copies, ...]] = {}  # the same for most layers
 
-    def has_copies(self, parameter: str) -> bool:
+    def _copies(self, parameter: str, layer: int | None) -> tuple[_Copies, ...]:
+        notation = self._table[parameter].parsed
+        if len(notation.dims) != 2:
+            return ()
+        growth = self._ancestry.maps.growth(notation.text, layer or 0)
+        if id(growth) not in self._known:
+            dims = zip(notation.dims, growth.dims, notation.reads, strict=True)
+            self._known[id(growth)] = tuple(
+                copies
+                for dim, (expression, index_map, reads) in enumerate(dims)
+                for copies in _sampled(
+                    dim, list(pieces(expression, index_map, self._ancestry.before)), written=not reads
+                )
+            )
+        return self._known[id(growth)]
+
+    def has_copies(self, parameter: str, layer: int | None) -> bool:
         """Whether a row of the table is a matrix with copies."""
-        return bool(self._copies.get(parameter))
+        return bool(self._copies(parameter, layer))
 
     def measure(self, parameter: str, layer: int | None, matrix: Tensor) -> Iterator[CopyFigures]:
         """The figures of one matrix, along each axis that has copies; none where weights are not finite."""
-        for copies in self._copies[parameter]:
+        for copies in self._copies(parameter, layer):
             across = spread(matrix.shape[1 - copies.dim], SAMPLED_WEIGHTS).to(matrix.device)
             first, other = (
                 matrix.index_select(copies.dim, of.to(matrix.device)).index_select(1 - copies.dim, across).double()

@@ -99,8 +99,10 @@ def headers_of(recipe: TrainRecipe) -> list[Header]:
     """
     headers = [header_of(recipe.model)]
     for growth in recipe.growth:
-        growth_recipe = with_derived_sizes(headers[-1].config, growth.expand)
-        headers.append(header_of_config(make_plan(headers[-1], growth_recipe).config))
+        expand = with_derived_sizes(headers[-1].config, growth.expand)
+        if expand.select == "norm":  # of weights that are not trained yet; sizes do not depend on the choice
+            expand = expand.model_copy(update={"select": None})
+        headers.append(header_of_config(make_plan(headers[-1], expand).config))
     return headers
 
 

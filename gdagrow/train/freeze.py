@@ -13,13 +13,12 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdagrow.archs import Sizes, architecture_of
+from gdagrow.archs import Parameter, architecture_of
 from gdagrow.axes import IndexMap
 from gdagrow.errors import CheckpointError, GdagrowError
-from gdagrow.heads import Heads
 from gdagrow.record import RECORD_FILE, read_record
 from gdagrow.train.parameters import is_sharded, layer_of, row_of
-from gdagrow.verify.lineage import recorded_maps
+from gdagrow.verify.ancestry import Ancestry, last_growth
 from gdagrow.verify.places import head_at
 
 
@@ -75,39 +74,52 @@ def old_heads(config: Mapping[str, Any], directory: Path, names: Iterable[str]) 
         CheckpointError: there is no `growth.json`, or it is not of a model with this config.
         GdagrowError: the last growth cloned no heads.
     """
-    architecture = architecture_of(config)
-    after = architecture.sizes(config)
-    records = read_record(directory)
-    if not records:
-        raise CheckpointError(f"{directory}: no {RECORD_FILE}, which says which heads are old; freeze layers instead")
-    before = _source_sizes(directory, records[-1], after)
-    if before.heads == after.heads:
+    table, ancestry = _last_growth(config, directory)
+    before = ancestry.before
+    if before.heads == architecture_of(config).sizes(config).heads:
         raise GdagrowError(
             f"{directory / RECORD_FILE}: the last growth cloned no heads, so all of them are old; freeze layers instead"
         )
-    maps = recorded_maps(directory, before, after, untied=False)
-    assert maps is not None
-    by_row: Frozen = {}
-    for parameter in architecture.table(config):
-        notation = parameter.parsed
-        for dim, (expression, index_map) in enumerate(zip(notation.dims, notation.index_maps(maps), strict=True)):
+    frozen: Frozen = {}
+    for name in names:
+        row, layer = row_of(name, table) or ("", None)
+        if not row or layer in ancestry.layers.new:
+            continue
+        notation = table[row].parsed
+        growth = ancestry.maps.growth(notation.text, layer or 0)
+        for dim, (expression, index_map) in enumerate(zip(notation.dims, growth.dims, strict=True)):
             if head_at(expression, before.axes, 0):
-                by_row[parameter.name] = _first_copies(dim, index_map)
-    return {name: by_row[place[0]] for name in names if (place := row_of(name, by_row))}
+                frozen[name] = _first_copies(dim, index_map)
+    return frozen
 
 
-def _source_sizes(directory: Path, record: Any, after: Sizes) -> Sizes:
-    """The sizes that a growth started from, by the largest old indices of its lineage."""
-    try:
-        lineage = record["lineage"]
-        ratio = 1 + max(head for heads in lineage["signal_heads"] for _, head in heads)
-        heads = Heads(1 + max(lineage["noise_heads"]), ratio, 1 + max(lineage["kv_groups"]))
-        hidden, ffn = (max(stop for _, stop in lineage[axis]) for axis in ("hidden", "ffn"))
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{directory / RECORD_FILE}: expected the lineage of a growth, got something else; restore the file"
-        ) from None
-    return Sizes(heads, after.head_dim, hidden, ffn, after.vocab, after.num_layers)
+def old_layers(config: Mapping[str, Any], directory: Path) -> list[int]:
+    """The blocks that there were before the last growth, by their index now.
+
+    Args:
+        config: The content of the grown model's `config.json`.
+        directory: Where its `growth.json` is.
+
+    Raises:
+        CheckpointError: there is no `growth.json`, or it is not of a model with this config.
+        GdagrowError: the last growth added no blocks.
+    """
+    _, ancestry = _last_growth(config, directory)
+    layers = ancestry.layers
+    if not layers.new:
+        raise GdagrowError(
+            f"{directory / RECORD_FILE}: the last growth added no blocks, so all of them are old; freeze heads instead"
+        )
+    return [layer for layer in range(len(layers.source)) if layer not in layers.new]
+
+
+def _last_growth(config: Mapping[str, Any], directory: Path) -> tuple[dict[str, Parameter], Ancestry]:
+    """The table by name, and where the last growth took everything from."""
+    architecture = architecture_of(config)
+    if not read_record(directory):
+        raise CheckpointError(f"{directory}: no {RECORD_FILE}, which says what is old; freeze layers by index instead")
+    table = {parameter.name: parameter for parameter in architecture.table(config)}
+    return table, last_growth(directory, architecture.sizes(config))
 
 
 def _first_copies(dim: int, index_map: IndexMap) -> tuple[Part, ...]:

@@ -20,7 +20,7 @@ from gdagrow.coordinates import coordinates
 from gdagrow.lambda_init import lambda_init
 from gdagrow.train.copies import SAMPLED_WEIGHTS, CopyFigures, CopyMeter, spread
 from gdagrow.train.parameters import full, row_of
-from gdagrow.verify.lineage import recorded_growth
+from gdagrow.verify.ancestry import whole_ancestry
 
 # Losses that make up the running mean: as many as give its spread to a tenth.
 LOSS_WINDOW: Final = 50
@@ -101,7 +101,7 @@ class HealthMeter:
             for row, parameter in self._table.items()
             if row.endswith(("q_proj.weight", "k_proj.weight"))
         }
-        self._copies = None if record is None else CopyMeter(self._table, *recorded_growth(record, self._sizes))
+        self._copies = None if record is None else CopyMeter(self._table, whole_ancestry(record, self._sizes))
 
     @torch.no_grad()
     def measure(
@@ -121,7 +121,7 @@ class HealthMeter:
         for name, parameter in model.named_parameters():
             row, layer = row_of(name, self._table) or ("", None)
             leaf = row.removesuffix(".weight").rpartition(".")[2]
-            if self._copies and self._copies.has_copies(row):
+            if self._copies and row and self._copies.has_copies(row, layer):
                 copies += self._copies.measure(row, layer, full(parameter.detach()))
             if layer is not None and leaf.startswith("lambda_"):
                 vectors.setdefault(layer, {})[leaf] = full(parameter.detach()).double()

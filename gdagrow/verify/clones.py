@@ -19,7 +19,7 @@ from gdagrow.growth import copies_of
 from gdagrow.reading import RowReader, open_reader
 from gdagrow.record import RECORD_FILE
 from gdagrow.rows import GrownRow, claim, grown_rows
-from gdagrow.verify.lineage import recorded_growth
+from gdagrow.verify.ancestry import whole_ancestry
 from gdagrow.verify.places import axis_at, head_at
 
 # Weights of one copy that are compared at a time, in a few float64 tensors.
@@ -104,23 +104,24 @@ def clone_similarity(
         return None
     architecture = architecture_of(header.config)
     after = architecture.sizes(header.config)
-    claimed = claim(header, architecture, after)
-    maps, before = recorded_growth(path, after)
-    # The same for every layer.
-    of_notation: dict[str, list[list[Piece]]] = {}
+    claim(header, architecture, after)
+    ancestry = whole_ancestry(path, after)
+    maps, before = ancestry.maps, ancestry.before
+    # The same for most layers.
+    of_growth: dict[int, list[list[Piece]]] = {}
     found: list[CloneSimilarity] = []
     with open_reader(header) as reader:
-        for row in grown_rows(header, architecture, claimed, tied_after=architecture.is_tied(header.config)):
+        for row in grown_rows(header, architecture, after.num_layers, tied_after=architecture.is_tied(header.config)):
             if progress:
                 progress(f"copies in {row.name}")
-            notation = parse(row.notation)
-            if row.notation not in of_notation:
-                of_notation[row.notation] = [
+            notation, growth = parse(row.notation), row.growth(maps)
+            if id(growth) not in of_growth:
+                of_growth[id(growth)] = [
                     list(pieces(dim, index_map, before))
-                    for dim, index_map in zip(notation.dims, notation.index_maps(maps), strict=True)
+                    for dim, index_map in zip(notation.dims, growth.dims, strict=True)
                 ]
             shape = header.tensors[row.name].shape
-            for dim, (of_dim, reads) in enumerate(zip(of_notation[row.notation], notation.reads, strict=True)):
+            for dim, (of_dim, reads) in enumerate(zip(of_growth[id(growth)], notation.reads, strict=True)):
                 chunks = (_columns if dim else _rows)(reader, row.name, shape, of_dim)
                 for axis, copies in _compare(chunks).items():
                     found.append(_similarity(checkpoint, row, axis, not reads, copies))

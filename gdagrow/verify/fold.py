@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from gdagrow.axes import Segment
-from gdagrow.growth import TensorGrowth, copies_of
+from gdagrow.growth import Fill, TensorGrowth, copies_of, fresh_of
 from gdagrow.heads import MAX_COPIES
 
 Bits = NDArray[Any]  # unsigned integers as wide as a weight
@@ -129,7 +129,28 @@ def fold_rows(floats: Floats, growth: TensorGrowth, source: Bits, grown: Bits) -
             apart = _copies_apart(floats, weight, parts)
             for i, segment in enumerate(segments):
                 wrong += _located(apart[i], segment.new, old)
+    for segment in fresh_of(growth.columns):
+        columns = grown[:, segment.new : segment.new + segment.length]
+        wrong += _located(_fresh_apart(floats, growth.fills[-1], columns), segment.new, segment.old)
     return wrong
+
+
+@np.errstate(all="ignore")
+def fold_fresh_rows(floats: Floats, growth: TensorGrowth, grown: Bits) -> list[Wrong]:
+    """Return what of whole rows `[rows, new columns]`, that come from none, might add something to the function."""
+    wrong = list(_located(_fresh_apart(floats, growth.fills[0], grown), 0, 0))
+    if growth.fills[0] is not Fill.zero:
+        for segment in fresh_of(growth.columns):
+            columns = grown[:, segment.new : segment.new + segment.length]
+            wrong += _located(_fresh_apart(floats, growth.fills[-1], columns), segment.new, segment.old)
+    return wrong
+
+
+def _fresh_apart(floats: Floats, fill: Fill, grown: Bits) -> NDArray[np.float64]:
+    """How far fresh weights are from what they must be: zero, or where they are free anything that is finite."""
+    values = np.abs(floats.doubles(grown))
+    values[~np.isfinite(values)] = inf
+    return values if fill is Fill.zero else np.where(np.isinf(values), inf, 0.0)
 
 
 def _parts(grown: Bits, segments: tuple[Segment, ...]) -> Bits:

@@ -15,6 +15,7 @@ from gdagrow.models.config import GdaConfig
 from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaMlp, LayerCache, RmsNorm
 from gdagrow.reading import open_reader
 from gdagrow.rows import claim
+from gdagrow.views import View
 
 # Elements of a head's weight to read at a time.
 HEAD_ELEMENTS = 2**24
@@ -82,7 +83,7 @@ class StreamedModel:
 
     def lambda_init(self, layer: int) -> float:
         """A layer's lambda_init as the stored model counts its layers, which a view computes otherwise."""
-        return lambda_init(layer if self._header.view_of is None else layer + INDEX_SHIFT)
+        return lambda_init(layer + INDEX_SHIFT if isinstance(self._header, View) else layer)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream before the first layer, `[seqs, length, hidden]`, of int64 `[seqs, length]`."""
@@ -105,11 +106,8 @@ class StreamedModel:
             inner = GdaMlp(self.config, bias)
         return self._branch(f"model.layers.{layer}.post_attention_layernorm.", prefix, inner)
 
-    def half(self, index: int) -> Branch[GdaAttention] | Branch[GdaMlp] | None:
-        """Half `index` of the model's layers, counted through: attention, MLP, attention, ...; None after the last."""
-        layer, is_mlp = divmod(index, 2)
-        if layer >= self.sizes.num_layers:
-            return None
+    def half(self, layer: int, *, is_mlp: bool) -> Branch[GdaAttention] | Branch[GdaMlp]:
+        """One half of a layer: its attention, or its MLP."""
         return self.mlp(layer) if is_mlp else self.attention(layer)
 
     def last_norm(self) -> RmsNorm:

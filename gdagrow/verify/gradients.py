@@ -1,7 +1,7 @@
 """Compare the gradients of two checkpoints by the mirror rule, which says whose optimizer moments can be carried."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from gdagrow.convert import as_motif
+from gdagrow.depth import Layers
 from gdagrow.errors import CompareError
-from gdagrow.verify.backward import BackwardPass
+from gdagrow.verify.backward import BackwardPass, Gradients
 from gdagrow.verify.forward import HEAD_ELEMENTS, StreamedModel
 from gdagrow.verify.lineage import lineage_of
 from gdagrow.verify.logits import longest_sum, require_same_vocabulary, rounds_weights
 from gdagrow.verify.mirror import GradientDifference, GradientMeter
 from gdagrow.verify.pair import read_pair
 from gdagrow.verify.rounding import Budget, Disturbance
+from gdagrow.views import View
 
 Progress = Callable[[str], None]
 
@@ -93,7 +95,9 @@ def compare_gradients(
             lineage = lineage_of(*headers, untied=untied)
         except CompareError as error:
             raise CompareError(f"gradients cannot be held against each other: {error}") from None
-        meter = GradientMeter((as_motif(headers[0]), as_motif(headers[1])), lineage, untied=untied)
+        views = as_motif(headers[0]), as_motif(headers[1])
+        converted = isinstance(views[0], View) and not isinstance(views[1], View)
+        meter = GradientMeter(views, lineage, untied=untied, converted=converted)
         report("forward")
         passes = [BackwardPass(model, tokens) for model in (before, after)]
         passes += [
@@ -103,8 +107,8 @@ def compare_gradients(
         loss = passes[0].loss
         if not math.isfinite(loss):
             raise CompareError(f"{source}: the model's own loss is not finite, so there is nothing to compare with")
-        for done, found in enumerate(zip(*(one.layers() for one in passes), strict=True)):
-            report(f"backward, {done} of {2 * before.sizes.num_layers} halves of layers")
+        for done, found in enumerate(_side_by_side([one.layers() for one in passes], lineage.layers)):
+            report(f"backward, {done} of {2 * after.sizes.num_layers} halves of layers")
             meter.add(*found)
         report("backward, embedding and head")
         step = max(1, HEAD_ELEMENTS // after.sizes.hidden)
@@ -116,6 +120,18 @@ def compare_gradients(
         equivalent=all(tensor.agrees for tensor in tensors), loss=loss, dtype=str(dtype).removeprefix("torch."),
         num_sequences=len(tokens), length=tokens.shape[1], maps=lineage.origin, tensors=tensors,
     )  # fmt: skip
+
+
+def _side_by_side(passes: Sequence[Iterator[Gradients]], layers: Layers) -> Iterator[list[Gradients]]:
+    """Yield the gradients of the last norm and of every half of a layer, of all passes.
+
+    The second is the grown model's; the others have nothing where its block is new.
+    """
+    is_new = [False, *(layer in layers.new for layer in reversed(range(len(layers.source))) for _ in range(2))]
+    for new, grown in zip(is_new, passes[1], strict=True):
+        yield [grown if number == 1 else {} if new else next(one) for number, one in enumerate(passes)]
+    # What comes behind the last layer is done when there is no more.
+    assert not any(next(one, None) for one in passes), "the passes are of other depths"
 
 
 def _settled(noise: Disturbance, states: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Compare what two checkpoints compute on the same tokens, part by part, against a budget for rounding alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -135,8 +135,8 @@ def compare(
         budget = Budget(noise, dtype, longest, rounds_weights(headers, dtype))
         meter, reason = None, None
         try:
-            maps = lineage_of(*headers).maps
-            meter = PartMeter(maps, before.sizes, after.sizes, budget, device)
+            lineage = lineage_of(*headers)
+            meter = PartMeter(lineage.maps, lineage.layers, before.sizes, after.sizes, budget, device)
         except (CheckpointError, CompareError) as error:
             reason = str(error)
         run = _Run(before, after, noise, meter, report)
@@ -177,11 +177,9 @@ class _Run:
     def figures(self, tokens: Tensor) -> LogitFigures:
         states = self._before.embed(tokens.repeat(2, 1)), self._after.embed(tokens)
         self._measure(None, "embedding", *states)
-        num_layers = max(model.sizes.num_layers for model in (self._before, self._after))
-        for layer in range(num_layers):
-            self._report(f"layer {layer + 1} of {num_layers}")
-            for index in (2 * layer, 2 * layer + 1):
-                states = self._half(index, states)
+        for layer, source, grown in self._layers():
+            for is_mlp in (False, True):
+                states = self._half(layer, is_mlp, source, grown, states)
             self._measure(layer, "residual", *states)
         clean, other = self._before.last_norm()(states[0]), self._after.last_norm()(states[1])
         self._report("logits")
@@ -191,13 +189,31 @@ class _Run:
         figures.add(self._before, self._after, flat, targets.flatten())
         return figures
 
-    def _half(self, index: int, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Half a layer of each model, where it has one more."""
-        source, grown = self._before.half(index), self._after.half(index)
-        if self._meter and source and grown:
-            added = self._meter.step(index // 2, source, grown, states)
-            return self._noise.disturb(states[0] + added[0]), states[1] + added[1]
+    def _layers(self) -> Iterator[tuple[int, int | None, int | None]]:
+        """Yield the number of each layer, and which layer of the source and of the grown model it is, if one at all."""
+        before, after = self._before.sizes.num_layers, self._after.sizes.num_layers
+        num_layers = max(before, after)
+        for layer in range(num_layers):
+            self._report(f"layer {layer + 1} of {num_layers}")
+            if self._meter:
+                layers = self._meter.layers
+                yield layer, None if layer in layers.new else layers.source[layer], layer
+            else:
+                yield layer, layer if layer < before else None, layer if layer < after else None
+
+    def _half(
+        self, layer: int, is_mlp: bool, source_layer: int | None, grown_layer: int | None,
+        states: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Half a layer of each model, where it has one."""
+        source = None if source_layer is None else self._before.half(source_layer, is_mlp=is_mlp)
+        grown = None if grown_layer is None else self._after.half(grown_layer, is_mlp=is_mlp)
         clean, other = states
+        if self._meter and source and grown:
+            added = self._meter.step(layer, source, grown, states)
+            return self._noise.disturb(clean + added[0]), other + added[1]
+        if self._meter and grown:
+            return clean, other + self._meter.step_alone(layer, grown, other, clean)
         return self._noise.disturb(source(clean)) if source else clean, grown(other) if grown else other
 
     def _measure(self, layer: int | None, part: str, source: Tensor, grown: Tensor) -> None:

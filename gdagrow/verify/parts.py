@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gdagrow.archs import Sizes
 from gdagrow.axes import AxisMaps
+from gdagrow.depth import Layers
+from gdagrow.growth import GrowthMaps
 from gdagrow.models.layers import GdaAttention, GdaMlp
 from gdagrow.verify.forward import Branch
 from gdagrow.verify.rounding import Budget
@@ -49,34 +51,63 @@ class PartDifference:
 
 @dataclass(frozen=True)
 class _Axis:
-    """How the indices of a part's dimension `dim` are mapped, and the names of the grown ones if they are heads."""
+    """How the indices of a part's dimension `dim` are mapped, and the names of the grown ones if they are heads.
+
+    `num_fresh`: How many indices there are of which the source has none, and which are zero; they number on from its.
+    """
 
     dim: int
     old: Tensor
     names: tuple[str, ...] = field(default=())
+    num_fresh: int = 0
+
+    def of_source(self, part: Tensor) -> Tensor:
+        """The source's part at every grown index."""
+        if self.num_fresh:
+            shape = [*part.shape]
+            shape[self.dim] = self.num_fresh
+            part = torch.cat((part, part.new_zeros(shape)), self.dim)
+        return part.index_select(self.dim, self.old)
 
 
 class PartMeter:
     """Measures part after part of two models that run side by side, the grown one by `maps` from the other."""
 
-    def __init__(self, maps: AxisMaps, before: Sizes, after: Sizes, budget: Budget, device: str) -> None:
-        self._budget = budget
-        group, ratio = list(maps.of("group", None)), before.heads.ratio
+    def __init__(
+        self, maps: GrowthMaps, layers: Layers, before: Sizes, after: Sizes, budget: Budget, device: str
+    ) -> None:
+        self.layers = layers
+        self._budget, self._after, self._device = budget, after, device
+        hidden = maps.common.of("hidden", None)
+        self._stream = _Axis(-1, torch.tensor(list(hidden), device=device), num_fresh=hidden.num_fresh)
+        by_maps = {id(of_layer): self._head_axes(of_layer, before.heads.ratio) for of_layer in maps.by_layer}
+        self._head_axes_of_layer = [by_maps[id(of_layer)] for of_layer in maps.by_layer]
+        self._axes = self._head_axes_of_layer[0]
+        self.found: list[PartDifference] = []
+
+    def _head_axes(self, maps: AxisMaps, ratio: int) -> Mapping[str, _Axis]:
+        group, heads = list(maps.of("group", None)), self._after.heads
         signal = [old * ratio + j for new, old in enumerate(group) for j in maps.of("signal", new)]
         signal_names = tuple(
-            f"signal head {j} of group {g}" for g in range(after.heads.num_groups) for j in range(after.heads.ratio)
+            f"signal head {j} of group {g}" for g in range(heads.num_groups) for j in range(heads.ratio)
         )
-        noise_names = tuple(f"noise head of group {g}" for g in range(after.heads.num_groups))
-        self._stream = _Axis(-1, torch.tensor(list(maps.of("hidden", None)), device=device))
-        signals = _Axis(1, torch.tensor(signal, device=device), signal_names)
-        self._axes: Mapping[str, _Axis] = {
-            "signal heads": signals, "differences": signals,
-            "noise heads": _Axis(1, torch.tensor(group, device=device), noise_names),
-        }  # fmt: skip
-        self.found: list[PartDifference] = []
+        noise_names = tuple(f"noise head of group {g}" for g in range(heads.num_groups))
+        signals = _Axis(1, torch.tensor(signal, device=self._device), signal_names)
+        noises = _Axis(1, torch.tensor(group, device=self._device), noise_names)
+        return {"signal heads": signals, "differences": signals, "noise heads": noises}
+
+    def step_alone(self, layer: int, grown: AnyBranch, states: Tensor, like: Tensor) -> Tensor:
+        """Run half a new block, which must add nothing: returns what it adds to its stream `states`.
+
+        `like`: The source's stream, of which there is no part to measure.
+        """
+        part, added = list(parts_of(grown, states))[-1]
+        self.add(layer, part, torch.zeros_like(like), added)
+        return added
 
     def step(self, layer: int, source: AnyBranch, grown: AnyBranch, states: _Both) -> _Both:
         """Run half a layer of both models and measure every part of it; returns what each adds to its stream."""
+        self._axes = self._head_axes_of_layer[layer]
         read = states
         for (part, one), (_, other) in zip(parts_of(source, states[0]), parts_of(grown, states[1]), strict=True):
             self.add(layer, part, one, other)
@@ -91,7 +122,7 @@ class PartMeter:
         """Measure one part: `source` has the same sequences again, disturbed, behind those that `grown` has."""
         axis = self._axes.get(part, self._stream)
         clean, disturbed = source.chunk(2)
-        apart = (grown - clean.index_select(axis.dim, axis.old)).abs()
+        apart = (grown - axis.of_source(clean)).abs()
         scale = float(clean.abs().max())
         moved = float((disturbed - clean).abs().max())
         worst = None
@@ -110,7 +141,7 @@ class PartMeter:
         for head in range(source.config.num_signal_heads):
             copies = (old_heads == head).nonzero()[:, 0].tolist()
             made = _output_of(source, read[0].chunk(2)[0], [head])
-            apart = _output_of(grown, read[1], copies) - made.index_select(-1, self._stream.old)
+            apart = _output_of(grown, read[1], copies) - self._stream.of_source(made)
             if (found := float(apart.abs().max())) > largest:
                 worst, largest = f"signal head {head % ratio} of group {head // ratio} of the source", found
         self.found[-1] = replace(self.found[-1], head=worst)

@@ -15,6 +15,7 @@ _NO_FUNCTION: Final = frozenset({
     "hidden_dropout", "initializer_range", "lambda_std_dev", "pad_token_id", "torch_dtype", "transformers_version",
     "use_cache",
 })  # fmt: skip
+_CONTEXT: Final = "max_position_embeddings"
 # What an absent key means (GdaConfig).
 _DEFAULTS: Final[Mapping[str, Any]] = {"attn_rms_norm_eps": 1e-5}
 
@@ -32,9 +33,13 @@ def other_settings(source: Mapping[str, Any], grown: Mapping[str, Any]) -> tuple
     """Find what differs between two configs besides sizes and what is known to have no part in the function.
 
     A key that is unknown here counts, because nothing says that it has no part in it. `tie_word_embeddings` counts only
-    where the grown model is tied and its source is not: growth may untie.
+    where the grown model is tied and its source is not: growth may untie. `max_position_embeddings` counts only where
+    RoPE is scaled by it.
     """
     before, after = _normal(source), _normal(grown)
+    if not any(keys.get(key) for keys in (before, after) for key in ("rope_scaling", "rope_parameters")):
+        before.pop(_CONTEXT, None)
+        after.pop(_CONTEXT, None)
     if before["tie_word_embeddings"]:
         del before["tie_word_embeddings"], after["tie_word_embeddings"]
     return tuple(

@@ -9,9 +9,9 @@ import numpy as np
 from gdagrow.archs import Sizes
 from gdagrow.axes import Notation, Segment
 from gdagrow.formats.weight_files import RowFiles, RowsInFile
-from gdagrow.growth import TensorGrowth, copies_of
+from gdagrow.growth import TensorGrowth, copies_of, fresh_of
 from gdagrow.header import ITEM_BYTES, TensorInfo
-from gdagrow.verify.fold import FLOATS, Bits, Wrong, fold_rows, same_bits, scratch
+from gdagrow.verify.fold import FLOATS, Bits, Wrong, fold_fresh_rows, fold_rows, same_bits, scratch
 from gdagrow.verify.forked import in_forks, num_processes
 from gdagrow.verify.places import head_at
 
@@ -63,12 +63,16 @@ class Folded:
 
 @dataclass(frozen=True)
 class _Job:
-    """Fold every copy of source rows `[start, stop)`, counted from where `copies` begin."""
+    """Fold every copy of source rows `[start, stop)`, counted from where `copies` begin; fresh rows have none."""
 
     pair: Pair
     copies: tuple[Segment, ...]
     start: int
     stop: int
+
+    @property
+    def fresh(self) -> bool:
+        return self.copies[0].fresh
 
 
 class Folder:
@@ -87,7 +91,7 @@ class Folder:
 
     def _fold(self, job: _Job) -> Folded:
         pair, old, length = job.pair, job.copies[0].old + job.start, job.stop - job.start
-        source = _find(self._source, pair.source, old, length)
+        source = None if job.fresh else _find(self._source, pair.source, old, length)
         copies = [_find(self._grown, pair.grown, copy.new + job.start, length) for copy in job.copies]
         num_wrong, largest = 0, 0.0
         places: dict[PlaceKey, Place] = {}
@@ -102,10 +106,14 @@ class Folder:
         return Folded(pair.grown.name, num_bytes, num_wrong, largest, tuple(places.values()))
 
     def _wrong(
-        self, pair: Pair, source: RowsInFile, copies: Sequence[RowsInFile], start: int, stop: int
+        self, pair: Pair, source: RowsInFile | None, copies: Sequence[RowsInFile], start: int, stop: int
     ) -> Iterator[tuple[int, Wrong]]:
         """Yield which copy each `Wrong` is in, of rows `[start, stop)` of those that were found."""
         floats = FLOATS[pair.grown.dtype]
+        if source is None:
+            grown = _read(self._grown, copies[0], start, stop, "grown")
+            yield from ((0, wrong) for wrong in fold_fresh_rows(floats, pair.growth, grown))
+            return
         weight = _read(self._source, source, start, stop, "source")
         right: Bits | None = None
         for i, copy in enumerate(copies):
@@ -158,7 +166,7 @@ def _row_bytes(pair: Pair) -> int:
 
 
 def _jobs(pair: Pair) -> Iterator[_Job]:
-    for copies in copies_of(pair.growth.rows):
+    for copies in (*copies_of(pair.growth.rows), *((segment,) for segment in fresh_of(pair.growth.rows))):
         step = max(1, _CHUNK_BYTES // (_row_bytes(pair) * len(copies)))
         for start in range(0, copies[0].length, step):
             yield _Job(pair, copies, start, min(start + step, copies[0].length))

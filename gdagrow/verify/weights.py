@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from gdagrow.archs import architecture_of
-from gdagrow.axes import AxisMaps, parse
+from gdagrow.axes import parse
 from gdagrow.dcp import DcpHeader
 from gdagrow.errors import CompareError
 from gdagrow.formats.weight_files import RowFiles, WeightFiles
-from gdagrow.growth import TensorGrowth
+from gdagrow.growth import GrowthMaps
 from gdagrow.header import Header
-from gdagrow.rows import claim, grown_rows
+from gdagrow.rows import grown_rows
 from gdagrow.verify.lineage import lineage_of
 from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.settings import Setting, other_settings
 from gdagrow.verify.tensors import Folded, Folder, Pair, Place, PlaceKey, add_places
+from gdagrow.views import View
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
     tied = [architecture_of(header.config).is_tied(header.config) for header in headers]
     try:
         lineage = lineage_of(*headers, untied=tied[0] and not tied[1])
+        headers = lineage.seen(headers[0]), headers[1]
     except CompareError as error:
         raise CompareError(
             f"weights cannot be folded back: {error}; what the models compute over the same vocabulary can be "
@@ -121,21 +123,19 @@ class _Wrong:
 
 
 def _files_of(header: Header) -> RowFiles:
-    if header.view_of is None and not isinstance(header, DcpHeader):
+    if not isinstance(header, View | DcpHeader):
         return WeightFiles(header)
     # Inside, because what it makes takes torch, which takes longer to import than most checkpoints to check.
-    from gdagrow.reading import ReadRows
+    from gdagrow.reading import open_rows
 
-    return ReadRows(header)
+    return open_rows(header)
 
 
-def _pairs(headers: HeaderPair, maps: AxisMaps) -> tuple[list[Pair], list[TensorDifference]]:
+def _pairs(headers: HeaderPair, maps: GrowthMaps) -> tuple[list[Pair], list[TensorDifference]]:
     """Each grown tensor with its source, and what has no counterpart."""
     source, grown = headers
     architecture = architecture_of(source.config)
-    parameters = claim(source, architecture, architecture.sizes(source.config))
-    rows = list(grown_rows(source, architecture, parameters, tied_after=architecture.is_tied(grown.config)))
-    growths = {text: TensorGrowth.of(parse(text), maps) for text in {row.notation for row in rows}}
+    rows = list(grown_rows(source, architecture, len(maps.by_layer), tied_after=architecture.is_tied(grown.config)))
     pairs, problems = [], []
     for row in rows:
         old, new = source.tensors[row.source], grown.tensors.get(row.name)
@@ -144,6 +144,6 @@ def _pairs(headers: HeaderPair, maps: AxisMaps) -> tuple[list[Pair], list[Tensor
         elif new.dtype != old.dtype:
             problems.append(TensorDifference(row.name, f"stored as {new.dtype}, in the source as {old.dtype}"))
         else:
-            pairs.append(Pair(old, new, parse(row.notation), growths[row.notation]))
+            pairs.append(Pair(old, new, parse(row.notation), row.growth(maps)))
     unknown = grown.tensors.keys() - {row.name for row in rows}
     return pairs, problems + [TensorDifference(name, "nothing in the source grows into it") for name in sorted(unknown)]

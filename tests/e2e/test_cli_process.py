@@ -83,16 +83,16 @@ def test_our_own_bug_is_no_refusal(
     assert "Traceback" in call(capsys, "inspect", tmp_path / "model", "--debug").err
 
 
-def test_paths_are_not_markup(tmp_path: Path) -> None:
+def test_paths_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets print as they are; what a terminal would act on is escaped; bytes that are no text do not crash."""
     for name, printed in (("[red]x", "[red]x"), ("a\x1b[31mb", "a\\x1b[31mb"), ("caf\udce9", "caf\\udce9")):
         write_checkpoint(tmp_path / name)
         outcome = run("expand", tmp_path / name, "--signal-x2")
         assert (outcome.code, outcome.err) == (0, "")
         assert f"wrote {tmp_path}/{printed}-signal-x2" in outcome.out
-        again = run("expand", tmp_path / name, "--signal-x2")
+        again = call(capsys, "expand", tmp_path / name, "--signal-x2")
         assert f"{printed}-signal-x2 exists and is not empty" in again.err
-        assert json.loads(run("inspect", tmp_path / name, "--json").out)["directory"] == str(tmp_path / name)
+        assert json.loads(call(capsys, "inspect", tmp_path / name, "--json").out)["directory"] == str(tmp_path / name)
 
 
 def test_a_terminal_without_unicode(tmp_path: Path) -> None:

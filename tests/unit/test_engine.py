@@ -17,6 +17,7 @@ from gdagrow.expand import expand
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.torch_dtypes import DTYPES
+from gdagrow.fresh import Fresh
 from gdagrow.growth import TensorGrowth, block_rows
 from gdagrow.output import GrownTensor, weights_output
 from gdagrow.plan import make_plan
@@ -125,7 +126,7 @@ def test_moments_do_not_depend_on_chunks_and_threads(
         patch.setattr(gdagrow.streaming, "CHUNK_BYTES", data.draw(st.integers(1, 40)))
         patch.setattr(gdagrow.streaming, "KEPT_CHUNKS", data.draw(st.integers(1, 3)))
         patch.setattr(gdagrow.streaming, "num_workers", lambda: 3)
-        with Grower({"held": Held(held)}, None) as grower:
+        with Grower({"held": Held(held)}, None, Fresh(0.02, 0)) as grower:
             assert b"".join(bytes(chunk) for chunk in grower.chunks(tensors)) == expected
 
 

@@ -1,13 +1,14 @@
 """Head growth: lineages worked out by hand, refusals, and the equal-share rule against sums of gradients."""
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdagrow.errors import PlanError
-from gdagrow.heads import HeadGrowth, Heads, Ratio, axis_maps, grow_heads
+from gdagrow.heads import HeadCopies, HeadGrowth, Heads, Ratio, axis_maps, first_copies, grow_heads
 from tests.growths import RANDOM
 
 
@@ -48,6 +49,18 @@ from tests.growths import RANDOM
             id="a target ratio holds for every noise copy",
         ),
         pytest.param(
+            Heads(2, 3, 1), {"signal": Ratio(4), "copies": ((2, 1, 1), (1, 1, 2))}, [0, 1],
+            [[0, 1, 2, 0], [0, 1, 2, 2]], [0], set(), id="a choice for each group",
+        ),
+        pytest.param(
+            Heads(1, 3, 1), {"signal": Ratio(7), "copies": ((1, 4, 2),)}, [0], [[0, 1, 2, 1, 2, 1, 1]], [0], set(),
+            id="a choice is laid out round by round",
+        ),
+        pytest.param(
+            Heads(2, 2, 2), {"signal": Ratio(3), "noise": 2, "kv": 2, "copies": ((1, 2), (2, 1))}, [0, 1, 0, 1],
+            [[0, 1, 1], [0, 1, 0]] * 2, [0, 1, 0, 1], set(), id="a choice holds for every copy of its group",
+        ),
+        pytest.param(
             Heads(1, 2, 1), {"noise": 2}, [0, 0], [[0], [1]], [0], {"group"},
             id="noise x2 alone splits the signal heads of a group",
         ),
@@ -63,7 +76,7 @@ from tests.growths import RANDOM
     ],
 )  # fmt: skip
 def test_worked_examples(
-    heads: Heads, growth: dict[str, int], group: list[int], signal: list[list[int]], kv: list[int], unequal: set[str]
+    heads: Heads, growth: dict[str, Any], group: list[int], signal: list[list[int]], kv: list[int], unequal: set[str]
 ) -> None:
     grown = grow_heads(heads, **{"signal": 1, "noise": 1, "kv": 1, **growth})
     assert list(grown.group) == group
@@ -93,6 +106,11 @@ def test_head_counts() -> None:
             "choose smaller ones",
         ),
         (
+            Heads(2, 2, 1), {"signal": Ratio(258), "noise": 2, "copies": ((129, 129), (1, 257))},
+            "signal 258:1 with noise x2: a signal head would have 514 copies, expected at most 512; "
+            "choose smaller ones",
+        ),
+        (
             Heads(2, 3, 1), {"noise": 2},
             "signal x1 with noise x2: 6 signal heads do not divide into 4 groups; "
             "make 3 x signal a multiple of noise",
@@ -109,20 +127,32 @@ def test_head_counts() -> None:
         ),
     ],
 )  # fmt: skip
-def test_refusals(heads: Heads, growth: dict[str, int], message: str) -> None:
+def test_refusals(heads: Heads, growth: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError) as error:
         grow_heads(heads, **{"signal": 1, "noise": 1, "kv": 1, **growth})
     assert str(error.value) == message
 
 
 @st.composite
-def head_growths(draw: st.DrawFn) -> HeadGrowth:
+def choices(draw: st.DrawFn, groups: int, ratio: int, target: int) -> HeadCopies:
+    """Any counts of 1 or more with the sum `target`, for every group."""
+    more = [draw(st.lists(st.integers(0, ratio - 1), min_size=target - ratio, max_size=target - ratio))
+            for _ in range(groups)]  # fmt: skip
+    return tuple(tuple(1 + drawn.count(head) for head in range(ratio)) for drawn in more)
+
+
+@st.composite
+def head_growths(draw: st.DrawFn, *, chosen: bool = True) -> HeadGrowth:
+    """A growth of random heads; if `chosen`, often one whose target ratio clones heads as some choice says."""
     kv_groups, served, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 6))
     groups, noise = kv_groups * served, draw(st.integers(1, 4))
     kv = draw(st.sampled_from([k for k in range(1, served * noise + 1) if served * noise % k == 0]))
     by_factor = st.sampled_from([s for s in range(1, 9) if ratio * s % noise == 0] or [noise])
     by_target = st.builds(Ratio, st.integers(ratio, 12))
-    return grow_heads(Heads(groups, ratio, kv_groups), signal=draw(by_factor | by_target), noise=noise, kv=kv)
+    signal = draw(by_factor | by_target)
+    choose = chosen and isinstance(signal, Ratio) and draw(st.integers(0, 3)) > 0
+    copies = draw(choices(groups, ratio, signal.signal)) if choose else None
+    return grow_heads(Heads(groups, ratio, kv_groups), signal=signal, noise=noise, kv=kv, copies=copies)
 
 
 def copies_of_signal_heads(grown: HeadGrowth) -> list[tuple[int, int]]:
@@ -146,7 +176,34 @@ def test_every_head_has_a_copy_where_it_belongs(grown: HeadGrowth) -> None:
 
 
 @settings(RANDOM)
-@given(head_growths())
+@given(st.data(), st.integers(1, 3), st.integers(1, 5), st.integers(0, 9), st.integers(1, 3))
+def test_a_choice_is_kept_in_every_copy_of_its_group(
+    data: st.DataObject, groups: int, ratio: int, more: int, noise: int
+) -> None:
+    target = Ratio(ratio + more)
+    copies = data.draw(choices(groups, ratio, target.signal))
+    grown = grow_heads(Heads(groups, ratio, 1), signal=target, noise=noise, kv=1, copies=copies)
+    for old, heads in zip(grown.group, grown.signal, strict=True):
+        assert tuple(list(heads).count(head) for head in range(ratio)) == copies[old]
+        assert list(heads)[:ratio] == list(range(ratio))
+    # All moments can be carried: whole copies of a group serve equal shares, however often its heads are in it.
+    assert grown.unequal == set()
+
+
+@settings(RANDOM)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(0, 9), st.integers(1, 3))
+def test_the_first_heads_are_what_is_cloned_without_a_choice(groups: int, ratio: int, more: int, noise: int) -> None:
+    heads, target = Heads(groups, ratio, 1), Ratio(ratio + more)
+    copies = (first_copies(ratio, target.signal),) * groups
+    assert list(copies[0]) == sorted(copies[0], reverse=True)
+    assert copies[0][0] - copies[0][-1] <= 1
+    grown = grow_heads(heads, signal=target, noise=noise, kv=1)
+    assert grown == grow_heads(heads, signal=target, noise=noise, kv=1, copies=copies)
+    assert all(list(found) == [i % ratio for i in range(target.signal)] for found in grown.signal)
+
+
+@settings(RANDOM)
+@given(head_growths(chosen=False))
 def test_copies_are_as_even_as_the_factors_allow(grown: HeadGrowth) -> None:
     """No signal head of a group has two copies more than another, and all groups and KV groups have as many."""
     heads = copies_of_signal_heads(grown)

@@ -14,11 +14,14 @@ from torch import nn
 
 from gdagrow.archs import Parameter, Sizes
 from gdagrow.axes import AxisMaps, IndexMap
+from gdagrow.depth import Layers
 from gdagrow.errors import CheckpointError
+from gdagrow.growth import GrowthMaps
 from gdagrow.heads import Heads
 from gdagrow.models.gda import GdaModel, load_model, save_model
 from gdagrow.train.copies import CopyFigures, CopyMeter
 from gdagrow.train.health import HealthFigures, HealthMeter, LossFigures, loss_figures, warnings
+from gdagrow.verify.ancestry import Ancestry
 from gdagrow.verify.clones import clone_similarity
 from tests.checkpoints import write_checkpoint
 from tests.diffllama import TOPOLOGIES, diffllama
@@ -76,8 +79,9 @@ def test_copies_are_those_that_stats_finds_on_disk(tmp_path: Path, recipe: dict[
 
 def test_a_sample_of_a_large_matrix_is_spread_over_it() -> None:
     before = Sizes(Heads(1, 1, 1), 2, 700, 1000, 10, 1)
-    maps = AxisMaps({"ffn": IndexMap.tile(1000, 2), "hidden": IndexMap.identity(700)})
-    meter = CopyMeter({"up": Parameter("up", "ffn <- hidden", "mlp")}, maps, before)
+    maps = GrowthMaps((AxisMaps({"ffn": IndexMap.tile(1000, 2), "hidden": IndexMap.identity(700)}),) * 5)
+    ancestry = Ancestry(before, maps, Layers.unchanged(5), 1)
+    meter = CopyMeter({"up": Parameter("up", "ffn <- hidden", "mlp")}, ancestry)
     one, apart = torch.randn(2, 1000, 700, generator=torch.Generator().manual_seed(0))
     (found,) = meter.measure("up", 4, torch.cat([one, one + 0.1 * apart]))
     assert (found.layer, found.axis, found.written) == (4, "ffn", True)

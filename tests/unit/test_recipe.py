@@ -19,8 +19,11 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "signal-x2": {"signal": 2},
     "uniform-x2": {"uniform": 2},
     "ratio-4to1": {"signal": "4:1"},
-    "motif-2.6b-to-12.7b-width": {"signal": 4, "hidden": 2, "ffn": 2, "embeddings": "untie"},
-}
+    "motif-2.6b-to-12.7b": {
+        "signal": 4, "hidden": 2, "ffn": 2, "embeddings": "untie", "depth": 8, "rope_theta": 1000000,
+        "max_position_embeddings": 32768,
+    },
+}  # fmt: skip
 WHOLE = "expected a whole number from 1 to 512, got"
 RATIO = "expected a target ratio R:1 with a whole R of 1 or more, such as 4:1, got"
 NO_GROWTH = "no growth asked for; give at least one factor above 1, such as --signal-x2 or signal: 2"
@@ -64,7 +67,10 @@ def test_a_recipe_is_immutable() -> None:
         ({"hidden": 2, "embeddings": "keep"}, "hidden-x2"),
         ({"to": "motif"}, "to-motif"),
         ({"to": "motif", "uniform": 2, "embeddings": "untie"}, "to-motif-uniform-x2-untied"),
-        (SHIPPED["motif-2.6b-to-12.7b-width"], "signal-x4-hidden-x2-ffn-x2-untied"),
+        (
+            SHIPPED["motif-2.6b-to-12.7b"],
+            "signal-x4-hidden-x2-ffn-x2-depth-plus-8-theta-1e+06-context-32768-untied",
+        ),
     ],
 )
 def test_labels(values: dict[str, Any], label: str) -> None:

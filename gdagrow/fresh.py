@@ -1,0 +1,67 @@
+"""Weights at fresh indices, which come from no weight of the source: zeros, free ones, or the mean of a gain."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from gdagrow.growth import Fill, TensorGrowth, block_rows, fresh_of
+from gdagrow.split import words_of
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """How free weights are drawn: uniform with mean 0 and this standard deviation.
+
+    Each depends on the seed, the tensor's name and its place alone, as noise does (`gdagrow.split.Noise`); the
+    arithmetic is that of whole numbers and one product, so that they are the same on every machine.
+    """
+
+    deviation: float
+    seed: int
+
+    def draw(self, growth: TensorGrowth, grown: Tensor, columns: slice, first_row: int, name: str) -> None:
+        """Write free weights into columns of rows that stand at `first_row` and behind it in the source.
+
+        Args:
+            grown: `[rows, new columns]`.
+            columns: Which of the new columns.
+        """
+        size, width = block_rows(growth), columns.stop - columns.start
+        row, stop = first_row, first_row + len(grown)
+        while row < stop:
+            block = row // size
+            end = min((block + 1) * size, stop)
+            # Apart from the words of noise, and of the other columns of these rows.
+            generator = words_of(self.seed, f"fresh/{name}/{columns.start}", block)
+            words = torch.empty((size, width), dtype=torch.int32).random_(generator=generator)
+            drawn = words[row - block * size : end - block * size].double()
+            part = drawn.sub_(2.0**30).mul_(2.0**-30 * sqrt(3.0) * self.deviation)
+            grown[row - first_row : end - first_row, columns] = part.to(grown.dtype)
+            row = end
+
+
+def fill_columns(
+    growth: TensorGrowth, source: Tensor, grown: Tensor, *, first_row: int, name: str, fresh: Fresh
+) -> None:
+    """Write the fresh columns of rows that grow from `source`."""
+    for s in fresh_of(growth.columns):
+        at = slice(s.new, s.new + s.length)
+        if growth.fills[-1] is Fill.free:
+            fresh.draw(growth, grown, at, first_row, name)
+        elif growth.fills[-1] is Fill.mean:
+            grown[:, at] = source.double().mean(1, keepdim=True).to(grown.dtype)
+        else:
+            grown[:, at] = 0
+
+
+def fill_rows(growth: TensorGrowth, grown: Tensor, *, first_row: int, name: str, fresh: Fresh) -> None:
+    """Write whole rows that are fresh: `grown` is `[rows, new columns]`, `first_row` their first index."""
+    if growth.fills[0] is Fill.zero:
+        grown.zero_()
+        return
+    fresh.draw(growth, grown, slice(0, growth.columns.size), first_row, name)
+    if growth.fills[-1] is Fill.zero:
+        for s in fresh_of(growth.columns):
+            grown[:, s.new : s.new + s.length] = 0

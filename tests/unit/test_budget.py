@@ -134,16 +134,16 @@ def test_a_published_model() -> None:
     assert isclose(heads.num_parameters, uniform.num_parameters, rel_tol=0.01)
 
 
-def test_every_arm_is_a_growth_that_can_be_planned() -> None:
+@pytest.mark.parametrize("budget", [70_000, 225_000])
+def test_every_arm_is_a_growth_that_can_be_planned(budget: int) -> None:
     source = header(PLAIN)
-    arms = compare_arms(source, counted(PLAIN, (2, 2, 2, 2, 2), 0)[0]).arms
-    wide = {name: arm for name, arm in arms.items() if arm.recipe is not None and arm.recipe.depth is None}
-    for arm in wide.values():
-        assert arm.recipe is not None
-        plan = make_plan(source, arm.recipe)
-        assert plan.after == arm.model.sizes
-        assert sum(tensor.num_elements for tensor in plan.tensors) == arm.model.num_parameters
-    assert list(wide) == ["uniform", "equal parameters", "equal FLOPs", "equal query heads"]
+    arms = compare_arms(source, budget).arms
+    for arm in arms.values():
+        if arm.recipe is not None:
+            plan = make_plan(source, arm.recipe)
+            assert plan.after == arm.model.sizes
+            assert sum(tensor.num_elements for tensor in plan.tensors) == arm.model.num_parameters
+    assert any(arm.recipe.depth for arm in arms.values() if arm.recipe)
 
 
 def test_diffllama_is_compared_in_the_layout_that_holds_any_ratio() -> None:

@@ -23,8 +23,7 @@ from gdagrow.convert import as_motif
 from gdagrow.costs import ModelFigures, sized_figures
 from gdagrow.errors import PlanError, RecipeError
 from gdagrow.header import Header
-from gdagrow.heads import Heads
-from gdagrow.plan import LARGEST_SUPPORTED_RATIO
+from gdagrow.heads import LARGEST_SUPPORTED_RATIO, Heads
 from gdagrow.recipe import WIDTH_AXES, Recipe, make_recipe
 from gdagrow.rows import claim
 from gdagrow.units import count_text

@@ -133,9 +133,10 @@ def compare(
         require_same_vocabulary(headers, before, after)
         longest = longest_sum(before, after, tokens.shape[1])
         budget = Budget(noise, dtype, longest, rounds_weights(headers, dtype))
-        meter, reason = None, None
+        meter, reason, expected = None, None, headers[0].config
         try:
             lineage = lineage_of(*headers)
+            expected = lineage.seen(headers[0]).config
             meter = PartMeter(lineage.maps, lineage.layers, before.sizes, after.sizes, budget, device)
         except (CheckpointError, CompareError) as error:
             reason = str(error)
@@ -162,7 +163,7 @@ def compare(
         dtype=str(dtype).removeprefix("torch."), num_sequences=len(tokens), length=tokens.shape[1],
         parts=tuple(meter.found) if meter else (), parts_not_compared=reason, decoding=decoding,
         changes=_changes(*(header.stored for header in headers)),
-        settings=other_settings(headers[0].config, headers[1].config),
+        settings=other_settings(expected, headers[1].config),
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class TensorPlan:
     notation: Its dimensions in arrow notation.
     part: `embedding`, `attention`, `mlp`, `norm` or `head`.
     growth: Its index maps.
+    is_zero: Whether it is all zeros, and nothing is read for it.
     noisy: Whether its split weights get zero-sum noise.
     learning_rate_multiplier: Suggested: a split weight is `1/copies` of what it was while an optimizer's step is not.
     moments_lost: Why its optimizer moments cannot be carried exactly, or None where they can.
@@ -54,6 +55,7 @@ class TensorPlan:
     notation: str
     part: str
     growth: TensorGrowth
+    is_zero: bool
     noisy: bool
     learning_rate_multiplier: float
     moments_lost: str | None
@@ -205,7 +207,8 @@ def _tensor_plans(
         yield TensorPlan(
             name=row.name, source=header.tensors[row.source], parameter=row.parameter.name, notation=row.notation,
             part=row.parameter.part, growth=growth, stored=origin.name,
-            noisy=growth.splits and not recipe.exact_copies and not carries_split,
+            is_zero=origin.is_zero,
+            noisy=growth.splits and not (recipe.exact_copies or carries_split or origin.is_zero),
             learning_rate_multiplier=prod((dim.old_size / (dim.size - dim.num_fresh) for dim in read), start=1.0),
             moments_lost=why_moments_are_lost(row, header, architecture, maps, untied=untied),
         )  # fmt: skip

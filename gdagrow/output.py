@@ -88,14 +88,11 @@ def weights_output(plan: GrowthPlan, max_shard_bytes: int) -> Output:
 
 def grown_weights(plan: GrowthPlan) -> dict[str, GrownTensor]:
     """What is streamed for every weight of a plan, by name."""
-    return {
-        tensor.name: GrownTensor(
-            tensor.name,
-            None if tensor.is_zero else WEIGHTS,
-            tensor.source.name,
-            tensor.source.dtype,
-            tensor.growth,
+    grown = (
+        GrownTensor(
+            tensor.name, None if tensor.is_zero else WEIGHTS, tensor.source.name, tensor.source.dtype, tensor.growth,
             noisy=tensor.noisy,
-        )  # fmt: skip
+        )
         for tensor in plan.tensors
-    }
+    )  # fmt: skip
+    return {tensor.name: tensor for tensor in grown}

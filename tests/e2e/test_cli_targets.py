@@ -64,7 +64,9 @@ def test_each_growth_that_is_proposed_makes_what_the_table_says(
     write_checkpoint(tmp_path / "model", **PLAIN)
     told = json.loads(call(capsys, "plan", tmp_path / "model", "--budget", budget, "--compare", "--json").out)
     assert told["budget"] == int(budget)
-    assert list(told["arms"]) == ["source", "uniform", "equal parameters", "equal FLOPs", "equal query heads"]
+    assert list(told["arms"]) == [
+        "source", "uniform", "differentiated", "equal parameters", "equal FLOPs", "equal query heads",
+    ]  # fmt: skip
     assert any("--depth" in arm["flags"][-1] for arm in list(told["arms"].values())[1:]) == (budget != BUDGET)
     for arm in list(told["arms"].values())[1:]:
         grown = json.loads(call(capsys, "plan", tmp_path / "model", *arm["flags"], "--json").out)["grown"]

@@ -83,19 +83,17 @@ def test_the_arms_are_the_nearest_of_all(config: dict[str, Any], budget: int) ->
     heads = arms["uniform"].model.sizes.heads.num_query_heads
     growths = [(growth, *counted(config, *growth)) for growth in considered(config)]
     noise_heads, all_heads = config["num_noise_heads"], config["num_attention_heads"]
-    for name, number, of_equals in (
-        ("equal parameters", 0, growths),
-        ("equal FLOPs", 1, growths),
-        (
-            "equal query heads",
-            0,
-            [g for g in growths if noise_heads * g[0][0][1] + (all_heads - noise_heads) * g[0][0][0] == heads],
-        ),
+    of_uniform = counted(config, *factors_of(arms["uniform"]))
+    as_many_heads = [g for g in growths if noise_heads * g[0][0][1] + (all_heads - noise_heads) * g[0][0][0] == heads]
+    for name, number, target, of_equals in (
+        ("differentiated", 0, budget, growths),
+        ("equal parameters", 0, of_uniform[0], growths),
+        ("equal FLOPs", 1, of_uniform[1], growths),
+        ("equal query heads", 0, of_uniform[0], as_many_heads),
     ):
         if not of_equals:
             assert name in comparison.missing
             continue
-        target = counted(config, *factors_of(arms["uniform"]))[number]
         *_, best = min((apart(found[1 + number], target), found[0][1], found[0]) for found in of_equals)
         assert factors_of(arms[name]) == best, name
 
@@ -149,7 +147,7 @@ def test_every_arm_is_a_growth_that_can_be_planned(budget: int) -> None:
 def test_diffllama_is_compared_in_the_layout_that_holds_any_ratio() -> None:
     comparison = compare_arms(header_of_config(DIFFLLAMA), 200_000)
     assert {name: arm.recipe and arm.recipe.to for name, arm in comparison.arms.items()} == {
-        "source": None, "uniform": "motif", "equal parameters": "motif", "equal FLOPs": "motif",
+        "source": None, "uniform": "motif", "differentiated": "motif", "equal parameters": "motif", "equal FLOPs": "motif",
         "equal query heads": "motif",
     }  # fmt: skip
     assert comparison.arms["equal parameters"].model.sizes.heads.ratio > 1
@@ -160,6 +158,7 @@ def test_what_there_is_none_of() -> None:
     comparison = compare_arms(header(at_the_limit), 200_000)
     assert list(comparison.arms) == ["source", "uniform"]
     assert comparison.missing == {
+        "differentiated": "no ratio above the source's 5:1 is within 5:1",
         "equal parameters": "no ratio above the source's 5:1 is within 5:1",
         "equal FLOPs": "no ratio above the source's 5:1 is within 5:1",
         "equal query heads": "no ratio above the source's up to 5:1 makes 24 query heads",

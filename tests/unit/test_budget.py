@@ -147,8 +147,8 @@ def test_every_arm_is_a_growth_that_can_be_planned(budget: int) -> None:
 def test_diffllama_is_compared_in_the_layout_that_holds_any_ratio() -> None:
     comparison = compare_arms(header_of_config(DIFFLLAMA), 200_000)
     assert {name: arm.recipe and arm.recipe.to for name, arm in comparison.arms.items()} == {
-        "source": None, "uniform": "motif", "differentiated": "motif", "equal parameters": "motif", "equal FLOPs": "motif",
-        "equal query heads": "motif",
+        "source": None, "uniform": "motif", "differentiated": "motif", "equal parameters": "motif",
+        "equal FLOPs": "motif", "equal query heads": "motif",
     }  # fmt: skip
     assert comparison.arms["equal parameters"].model.sizes.heads.ratio > 1
 

@@ -85,8 +85,8 @@ def shares_of(recipe: TrainRecipe, num_processes: int) -> tuple[int, int]:
     return at_once, recipe.batch_size // (num_processes * at_once)
 
 
-def headers_of(recipe: TrainRecipe, num_processes: int) -> list[Header]:
-    """The model at the start, and after each growth.
+def headers_of(recipe: TrainRecipe, num_processes: int, *, done: int = 0) -> list[Header]:
+    """The model at the start, and after each growth; those at steps below `done` are behind the run.
 
     Raises:
         GdagrowError: it cannot be read, cannot grow so, or has nothing of what shall be frozen.
@@ -101,7 +101,7 @@ def headers_of(recipe: TrainRecipe, num_processes: int) -> list[Header]:
             expand = expand.model_copy(update={"select": None})
         plan = make_plan(headers[-1], expand)
         _require_in_growth(growth, plan)
-        if num_processes > 1:
+        if num_processes > 1 and growth.at >= done:
             _require_no_new_parameters(growth.at, plan)
         headers.append(header_of_config(plan.config))
     return headers

@@ -81,7 +81,9 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     logging.disable_progress_bar()
     processes = Processes(recipe)
     shares_of(recipe, processes.count)  # refuses a batch that does not divide
-    start = headers_of(recipe, processes.count)[0]  # refuses what cannot grow so
+    last = None if restart else last_state(run)
+    # Refuses what cannot grow so.
+    start = headers_of(recipe, processes.count, done=last.step + last.grown if last else 0)[0]
     processes.meet()
     vocab = architecture_of(start.config).sizes(start.config).vocab
     if processes.is_first:

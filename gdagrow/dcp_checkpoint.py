@@ -125,8 +125,8 @@ def _require_possible(plan: GrowthPlan, schedule: Schedule) -> None:
         asked = ["more layers"] * bool(plan.layers.new) + ["embeddings untie"] * (plan.tied_before != plan.tied_after)
         raise PlanError(
             f"{' and '.join(asked)}: {len(new)} parameters, the first {new[0]}, would be new to the optimizer in "
-            f"{plan.header.directory}, whose groups are pickles that are carried unread; leave that out, or convert the "
-            "weights alone to safetensors first"
+            f"{plan.header.directory}, whose groups are pickles that are carried unread; leave that out, or convert "
+            "the weights alone to safetensors first"
         )
 
 

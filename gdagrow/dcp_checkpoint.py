@@ -122,11 +122,11 @@ def _require_possible(plan: GrowthPlan, schedule: Schedule) -> None:
         )
     new = [tensor.name for tensor in plan.tensors if tensor.name not in plan.header.stored.tensors]
     if new:
-        asked = "embeddings untie" if plan.tied_before != plan.tied_after else "more layers"
+        asked = ["more layers"] * bool(plan.layers.new) + ["embeddings untie"] * (plan.tied_before != plan.tied_after)
         raise PlanError(
-            f"{asked}: {len(new)} parameters, the first {new[0]}, would be new to the optimizer in "
-            f"{plan.header.directory}, whose groups are pickles that are carried unread; leave it out, or convert the "
-            "weights alone to safetensors first"
+            f"{' and '.join(asked)}: {len(new)} parameters, the first {new[0]}, would be new to the optimizer in "
+            f"{plan.header.directory}, whose groups are pickles that are carried unread; leave that out, or convert "
+            "the weights alone to safetensors first"
         )
 
 

@@ -10,6 +10,7 @@ from gdagrow.axes import IndexMap
 from gdagrow.errors import CheckpointError
 from gdagrow.growth import TensorGrowth
 from gdagrow.plan import GrowthPlan, TensorPlan
+from gdagrow.rows import told_by_row
 from gdagrow.views import Origin, origin_of
 
 # Where transformers' Trainer keeps them, and the state of its learning-rate schedule.
@@ -56,6 +57,11 @@ class ParameterMoments:
     factor: float
     reset: str | None
 
+    @property
+    def begins(self) -> bool:
+        """Whether they begin at zero, or those of fresh features among them do beside a step count that is carried."""
+        return self.reset is not None or any(dim.num_fresh for dim in self.growth.dims)
+
 
 def require_optimizer(directory: Path, file: str = OPTIMIZER_FILE) -> None:
     """Raise CheckpointError if a checkpoint without `file` has a schedule, which no engine would restore alone."""
@@ -99,10 +105,11 @@ def moments_record(
     moments: Mapping[str, ParameterMoments], policy: Moments, schedule: Schedule, beta2: float | None
 ) -> dict[str, Any]:
     """What `growth.json` says of a training state that was grown; `beta2` is None for an optimizer without it."""
-    reset = {found.parameter: found.reset for found in moments.values() if found.reset}
+    reset = told_by_row((found.parameter, found.reset) for found in moments.values())
+    carried = {"steps": 0, "because": "all moments are carried"}
     return {
         "optimizer": {"moments": policy.value, "schedule": schedule.value, "reset": reset},
-        "warm_up": warm_up(beta2) if reset else {"steps": 0, "because": "all moments are carried"},
+        "warm_up": warm_up(beta2) if any(found.begins for found in moments.values()) else carried,
     }
 
 

@@ -156,10 +156,10 @@ def _require_moments(state: OptimizerState) -> None:
         return  # SGD without momentum keeps nothing
     # What an optimizer keeps, it keeps for all parameters of a group.
     expected = {name: {key for each in group for key in by_name[each]} for group in state.groups for name in group}
+    if not any(by_name.values()):
+        problems.append("no parameter has any")
     for name, kept in by_name.items():
-        if not kept:
-            problems.append(f"{name} has none")
-        else:
+        if kept:  # not of one that was frozen so far, or that a growth added: an optimizer makes it when it needs it
             problems += [f"{name} has no {key}" for key in sorted(expected[name] - kept.keys())]
         for key, leaf in kept.items():
             if key not in POWERS:

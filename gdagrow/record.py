@@ -12,6 +12,7 @@ from gdagrow.axes import IndexMap
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
 from gdagrow.plan import GrowthPlan
+from gdagrow.rows import told_by_row
 
 RECORD_FILE: Final = "growth.json"
 FORMAT: Final = 1
@@ -42,7 +43,7 @@ def growth_record(
         history: The records of earlier growths of the source, oldest first.
         state: What is said of the training state.
     """
-    recipe, lost = plan.recipe, {t.parameter: t.moments_lost for t in plan.tensors if t.moments_lost}
+    recipe, lost = plan.recipe, told_by_row((t.parameter, t.moments_lost) for t in plan.tensors)
     return {
         "format": FORMAT,
         "versions": {"gdagrow": gdagrow.__version__, **_versions()},

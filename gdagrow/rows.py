@@ -1,6 +1,6 @@
 """The rows of an architecture's table that a checkpoint's tensors stand in, and those that they grow into."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gdagrow.archs import Architecture, Parameter, Sizes
@@ -111,3 +111,22 @@ def why_moments_are_lost(
     axes = parse(row.notation)
     unequal = sorted(maps.by_layer[row.layer].unequal & axes.axes(read=False))
     return f"copies along {', '.join(unequal)} serve unequal shares of what they served" if unequal else None
+
+
+def told_by_row(reasons: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """Reasons by row of the table, for those that have any; with the layers where layers differ.
+
+    `reasons`: for each tensor in model order its row, and its reason or None.
+    """
+    of_row: dict[str, list[str | None]] = {}
+    for row, reason in reasons:
+        of_row.setdefault(row, []).append(reason)
+    return {row: _told(of_layer) for row, of_layer in of_row.items() if any(of_layer)}
+
+
+def _told(of_layer: list[str | None]) -> str:
+    found = list(dict.fromkeys(reason for reason in of_layer if reason))
+    if len(set(of_layer)) == 1:
+        return found[0]
+    layers = {reason: [str(layer) for layer, other in enumerate(of_layer) if other == reason] for reason in found}
+    return "; ".join(f"{reason} (layer{'s' * (len(at) > 1)} {', '.join(at)})" for reason, at in layers.items())

@@ -40,6 +40,9 @@ _CARRIED: Final = re.compile(r"scheduler\.pt|scaler\.pt|trainer_state\.json|trai
 _RESTARTED: Final = re.compile(r"scheduler\.pt|trainer_state\.json|rng_state(_\d+)?\.pth")
 _NO_BEST: Final = dict.fromkeys(("best_metric", "best_global_step", "best_model_checkpoint"))
 _MOMENTS = "moments"
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+_NO_LAYER: Final = -1
+NONE_YET: Final = "the run has none of it yet"
 
 
 def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, schedule: Schedule) -> Output:
@@ -50,8 +53,8 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
     """
     directory = plan.header.directory
     state = read_optimizer(plan.header.stored, check_moments=moments is not Moments.reset)
-    planned = plan_moments(plan, moments)
-    tree, tensors = _grown_tree(state, planned, {t.name: len(t.shape) for t in plan.tensors})
+    planned = _without_what_is_not_there(state, plan_moments(plan, moments))
+    tree, tensors, begun = _grown_tree(state, planned, {t.name: len(t.shape) for t in plan.tensors})
     if schedule is Schedule.restart:
         for group in tree["param_groups"]:
             # The first step moves nothing, as in every warm-up of transformers; then the new schedule sets the rate.
@@ -64,7 +67,7 @@ def trainer_output(plan: GrowthPlan, weights: Output, *, moments: Moments, sched
         sources={**weights.sources, _MOMENTS: TorchFileHeader.of(state.path, state.tree)},
         files={**weights.files, **files},
         carried=carried,
-        record=moments_record(planned, moments, schedule, _beta2(tree)),
+        record=moments_record(planned, moments, schedule, _beta2(tree, begun)),
         hints=(*weights.hints, *_hints(directory, schedule)),
     )
 
@@ -95,11 +98,26 @@ def _json(state: Mapping[str, Any]) -> bytes:
     return (json.dumps(state, indent=2) + "\n").encode()
 
 
+def _without_what_is_not_there(
+    state: OptimizerState, planned: Mapping[str, ParameterMoments]
+) -> dict[str, ParameterMoments]:
+    """The moments of parameters that the run has not trained yet, such as blocks frozen since its start, begin."""
+    kept = state.by_name
+    yet = {name for name, of_name in kept.items() if not of_name} if any(kept.values()) else set()
+    return {
+        name: replace(found, reset=NONE_YET) if found.reset is None and found.source in yet else found
+        for name, found in planned.items()
+    }
+
+
 def _grown_tree(
     state: OptimizerState, planned: Mapping[str, ParameterMoments], dims: Mapping[str, int]
-) -> tuple[dict[str, Any], dict[str, GrownTensor]]:
-    """The grown `optimizer.pt`, with a `TargetTensor` for every moment, and what is streamed into those."""
-    kept, tensors = state.by_name, dict[str, GrownTensor]()
+) -> tuple[dict[str, Any], dict[str, GrownTensor], frozenset[int]]:
+    """The grown `optimizer.pt`, with a `TargetTensor` for every moment, and what is streamed into those.
+
+    Returns also the numbers of the parameters whose moments begin, or some of them.
+    """
+    kept, tensors, begun = state.by_name, dict[str, GrownTensor](), set[int]()
     known = {name: number for number, names in enumerate(state.groups) for name in names}
     dealt: list[list[str]] = [[] for _ in state.groups]
     for name, found in planned.items():
@@ -118,6 +136,7 @@ def _grown_tree(
         groups.append({**_read_leaves(state, group), **own, "params": numbers})
         for number, name in zip(numbers, names, strict=True):
             found = planned[name]
+            begun |= {number} if found.begins else set()
             # An optimizer makes what is left out when it first needs it: zeros, and a step count of zero.
             if found.reset is None and found.source is not None and kept.get(found.source):
                 grown[number] = {key: _grown_leaf(state, found, key, leaf, tensors)
@@ -125,26 +144,49 @@ def _grown_tree(
     rest = {
         key: _read_leaves(state, value) for key, value in state.tree.items() if key not in ("state", "param_groups")
     }
-    return {"state": grown, "param_groups": groups, **rest}, tensors
+    return {"state": grown, "param_groups": groups, **rest}, tensors, frozenset(begun)
 
 
 def _put_in_order(names: list[str], stored: Sequence[str], planned: Mapping[str, ParameterMoments]) -> None:
     """Sort a group's parameters as their sources are `stored`, if that is no order of `named_parameters()`.
 
-    One that has no source there stays behind the one that it follows.
+    A new block stands behind the one that it is a copy of, in front of it where blocks are stored last to first. One
+    that has no source there stays behind the one that it follows.
     """
-    known, place = {name: number for number, name in enumerate(stored)}, -1
+    known = {name: number for number, name in enumerate(stored)}
     in_order = [found.source for found in planned.values() if found.source in known]
     if list(stored) == list(dict.fromkeys(in_order)):
         return
-    places = {name: (place := known.get(planned[name].source or name, place)) for name in names}
+    blocks = _blocks(stored)
+    down = -1 if list(blocks) != sorted(blocks) else 1
+    place = block = -1
+    places: dict[str, tuple[int, int, int]] = {}
+    for name in names:
+        source = planned[name].source
+        if source in known:
+            place = known[source]
+            block = blocks.get(_layer_of(source), place)
+        places[name] = (block, down * _layer_of(name), place)
     names.sort(key=places.__getitem__)
 
 
-def _beta2(tree: Mapping[str, Any]) -> float | None:
+def _blocks(names: Sequence[str]) -> dict[int, int]:
+    """Where each block's parameters begin, if those of every block stand together; empty if not."""
+    layers = [_layer_of(name) for name in names]
+    first = {layer: layers.index(layer) for layer in dict.fromkeys(layers) if layer != _NO_LAYER}
+    together = all(set(layers[at : at + layers.count(layer)]) == {layer} for layer, at in first.items())
+    return first if together else {}
+
+
+def _layer_of(name: str) -> int:
+    found = _LAYER.match(name)
+    return int(found[1]) if found else _NO_LAYER
+
+
+def _beta2(tree: Mapping[str, Any], begun: frozenset[int]) -> float | None:
     """How slowly Adam's second moments forget, in the groups where any begin at zero; None where there are none."""
-    begun = (group for group in tree["param_groups"] if not tree["state"].keys() >= set(group["params"]))
-    pairs = [pair for group in begun if isinstance(pair := group.get("betas"), list | tuple) and len(pair) == 2]
+    groups = (group for group in tree["param_groups"] if begun & set(group["params"]))
+    pairs = [pair for group in groups if isinstance(pair := group.get("betas"), list | tuple) and len(pair) == 2]
     return max((float(beta2) for _, beta2 in pairs if isinstance(beta2, float | Tensor)), default=None)
 
 

@@ -25,7 +25,8 @@ def build_model(
     made = AutoConfig.for_model(**{**config, "dtype": "float32"})
     made.use_cache = False
     if is_first and weights is not None:
-        return AutoModelForCausalLM.from_pretrained(weights, config=made, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(weights, config=made, dtype=torch.float32)
+        return model.float()  # what is stored wider stays so; sharding asks for one dtype in all processes
     # A config says of biases only what is usual; a checkpoint may have some.
     biases = sorted({name.split(".")[-2] for name in names if name.endswith("_proj.bias")})
     given: Any = {"dtype": torch.float32, **({"bias": biases} if made.model_type.lower() == "motif" else {})}

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from gdagrow.errors import TrainError
 from gdagrow.record import RECORD_FILE, read_record
 from gdagrow.train.configs import config_in
-from gdagrow.train.freeze import Frozen, blocks, freeze, old_heads
+from gdagrow.train.freeze import Frozen, blocks, freeze, old_heads, old_layers
 from gdagrow.train.rates import multipliers_of, scaled_rates
 from gdagrow.train.sharded import unwrapped
 
@@ -70,13 +70,17 @@ class FreezeCallback(TrainerCallback):
         layers: Blocks by index.
         old_heads_of: The directory of a grown checkpoint, to keep the first copy of every head that its last growth
             cloned.
+        old_layers_of: The directory of a grown checkpoint, to keep all blocks but those that its last growth added.
         at_step: The step after which they begin.
     """
 
     def __init__(
-        self, steps: int, *, layers: Sequence[int] = (), old_heads_of: str | Path | None = None, at_step: int = 0
-    ) -> None:
-        self._layers, self._directory = tuple(layers), None if old_heads_of is None else Path(old_heads_of)
+        self, steps: int, *, layers: Sequence[int] = (), old_heads_of: str | Path | None = None,
+        old_layers_of: str | Path | None = None, at_step: int = 0,
+    ) -> None:  # fmt: skip
+        self._layers = tuple(layers)
+        self._of_heads = None if old_heads_of is None else Path(old_heads_of)
+        self._of_layers = None if old_layers_of is None else Path(old_layers_of)
         self._end = at_step + steps
         self._freezer: Any = None
 
@@ -86,9 +90,12 @@ class FreezeCallback(TrainerCallback):
         if left < 1:
             return
         names, frozen = [name for name, _ in given["model"].named_parameters()], Frozen()
-        if self._directory is not None:
-            frozen |= old_heads(config_in(self._directory), self._directory, names)
-        frozen |= blocks(names, self._layers)
+        layers = [*self._layers]
+        if self._of_heads is not None:
+            frozen |= old_heads(config_in(self._of_heads), self._of_heads, names)
+        if self._of_layers is not None:
+            layers += old_layers(config_in(self._of_layers), self._of_layers)
+        frozen |= blocks(names, layers)
         self._freezer = freeze(unwrapped(given["optimizer"]), given["model"], frozen, num_steps=left)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:

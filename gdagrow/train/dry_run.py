@@ -9,9 +9,9 @@ from gdagrow.costs import ModelFigures, checkpoint_figures
 from gdagrow.errors import TrainError
 from gdagrow.header import Header
 from gdagrow.like import with_derived_sizes
-from gdagrow.plan import make_plan
+from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.train.configs import header_of, header_of_config
-from gdagrow.train.recipe import TrainRecipe
+from gdagrow.train.recipe import MidRunGrowth, TrainRecipe
 
 # Forward once, backward twice over.
 _PASSES: Final = 3
@@ -74,7 +74,7 @@ def shares_of(recipe: TrainRecipe, num_processes: int) -> tuple[int, int]:
     """How many sequences a process computes at once, and how often it does for one optimizer step.
 
     Raises:
-        TrainError: the batch does not divide so, or several processes cannot carry out a growth.
+        TrainError: the batch does not divide so.
     """
     at_once = recipe.micro_batch_size or recipe.batch_size // num_processes
     if not at_once or recipe.batch_size % (num_processes * at_once):
@@ -82,28 +82,70 @@ def shares_of(recipe: TrainRecipe, num_processes: int) -> tuple[int, int]:
             f"batch_size {recipe.batch_size} does not divide into {num_processes} processes with "
             f"{recipe.micro_batch_size or 'one or more'} sequences at once; change batch_size or micro_batch_size"
         )
-    untied = [growth.at for growth in recipe.growth if growth.expand.embeddings == "untie" and num_processes > 1]
-    if untied:
-        raise TrainError(
-            f"growth at step {untied[0]}: the head of untied embeddings would be new to an optimizer that several "
-            "processes share; keep them tied, or untie them with gdagrow expand before the run"
-        )
     return at_once, recipe.batch_size // (num_processes * at_once)
 
 
-def headers_of(recipe: TrainRecipe) -> list[Header]:
-    """The model at the start, and after each growth.
+def headers_of(recipe: TrainRecipe, num_processes: int, *, done: int = 0) -> list[Header]:
+    """The model at the start, and after each growth; those at steps below `done` are behind the run.
 
     Raises:
-        GdagrowError: it cannot be read, or cannot grow so.
+        GdagrowError: it cannot be read, cannot grow so, or has nothing of what shall be frozen.
+        TrainError: several processes cannot carry out a growth.
     """
     headers = [header_of(recipe.model)]
+    if recipe.freeze is not None:
+        _require_at_start(recipe, headers[0])
     for growth in recipe.growth:
         expand = with_derived_sizes(headers[-1].config, growth.expand)
         if expand.select == "norm":  # of weights that are not trained yet; sizes do not depend on the choice
             expand = expand.model_copy(update={"select": None})
-        headers.append(header_of_config(make_plan(headers[-1], expand).config))
+        plan = make_plan(headers[-1], expand)
+        _require_in_growth(growth, plan)
+        if num_processes > 1 and growth.at >= done:
+            _require_no_new_parameters(growth.at, plan)
+        headers.append(header_of_config(plan.config))
     return headers
+
+
+def _require_at_start(recipe: TrainRecipe, header: Header) -> None:
+    from gdagrow.train.freeze import blocks, old_heads, old_layers  # which need torch, as no other recipe does
+
+    freeze, directory = recipe.freeze, recipe.model.directory
+    assert freeze is not None
+    if freeze.heads == "old" and directory is not None:
+        old_heads(header.config, directory, header.tensors)
+    if freeze.layers != "old":
+        blocks(header.tensors, freeze.layers)
+    elif directory is not None:
+        old_layers(header.config, directory)
+
+
+def _require_in_growth(growth: MidRunGrowth, plan: GrowthPlan) -> None:
+    """Raise TrainError if a growth has nothing of what shall be frozen after it."""
+    freeze, found = growth.freeze, None
+    if freeze is None:
+        return
+    layers = [] if freeze.layers == "old" else [layer for layer in freeze.layers if layer >= plan.after.num_layers]
+    if freeze.layers == "old" and not plan.layers.new:
+        found = "it adds no blocks, so all of them are old; freeze heads instead"
+    elif layers:
+        told = ", ".join(map(str, layers))
+        found = f"the grown model has no layer {told}, only {plan.after.num_layers} layers counted from 0"
+    elif freeze.heads == "old" and plan.before.heads == plan.after.heads:
+        found = "it clones no heads, so all of them are old; freeze layers instead"
+    if found:
+        raise TrainError(f"growth at step {growth.at}, freeze: {found}")
+
+
+def _require_no_new_parameters(at: int, plan: GrowthPlan) -> None:
+    """Raise TrainError if a growth has parameters that an optimizer of several processes has no name for."""
+    found = "the head of untied embeddings" if plan.tied_before and not plan.tied_after else None
+    found = "new blocks" if plan.layers.new else found
+    if found:
+        raise TrainError(
+            f"growth at step {at}: {found} would be new to an optimizer that several processes share; run it in one "
+            "process, or grow the model so with gdagrow expand before the run"
+        )
 
 
 def forecast(recipe: TrainRecipe, num_processes: int) -> Forecast:
@@ -116,7 +158,9 @@ def forecast(recipe: TrainRecipe, num_processes: int) -> Forecast:
     begins = [0, *(growth.at for growth in recipe.growth)]
     legs = tuple(
         _leg(recipe, header, begin, end, num_processes, at_once)
-        for header, begin, end in zip(headers_of(recipe), begins, [*begins[1:], recipe.steps], strict=True)
+        for header, begin, end in zip(
+            headers_of(recipe, num_processes), begins, [*begins[1:], recipe.steps], strict=True
+        )
     )
     per_step = recipe.batch_size * recipe.context_length
     return Forecast(num_processes, at_once, accumulation, per_step, per_step * recipe.steps, legs)

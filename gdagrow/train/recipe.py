@@ -18,6 +18,14 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _layers(value: Any) -> Any:
+    """Accept `old`, or a list of layers."""
+    whole = isinstance(value, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    if value != "old" and not (whole and all(layer >= 0 for layer in value)):
+        raise ValueError(f"expected old, or a list of layers counted from 0, got {value!r}")
+    return value if value == "old" else tuple(value)
+
+
 Paths = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Steps = Annotated[int, Field(ge=0, strict=True)]
@@ -106,18 +114,24 @@ class Schedule(_Strict):
 class Freeze(_Strict):
     """What is kept as it is for `steps` steps, from the start of the run or from a growth.
 
-    layers: Whole blocks by index. heads: `old` for the first copy of every cloned head.
+    layers: Whole blocks by index, or `old` for all that there were before the last growth added some.
+    heads: `old` for the first copy of every cloned head.
     """
 
-    layers: tuple[Steps, ...] = ()
+    layers: Annotated[tuple[int, ...] | Literal["old"], BeforeValidator(_layers)] = ()
     heads: Literal["old"] | None = None
     steps: Count
 
     @model_validator(mode="after")
     def _something(self) -> "Freeze":
         if not self.layers and self.heads is None:
-            raise ValueError("nothing to freeze; give layers: [0, 1, ...] or heads: old")
+            raise ValueError("nothing to freeze; give layers: [0, 1, ...], layers: old or heads: old")
         return self
+
+    @property
+    def asks_for_old(self) -> bool:
+        """Whether the last growth says what is kept."""
+        return self.heads == "old" or self.layers == "old"
 
 
 class MidRunGrowth(_Strict):
@@ -191,8 +205,10 @@ class TrainRecipe(_Strict):
             raise ValueError(f"growth: expected steps in ascending order, each once, got {at}")
         if at and at[-1] >= self.steps:
             raise ValueError(f"growth: step {at[-1]} is not before the last one, {self.steps}; grow earlier")
-        if self.freeze and self.freeze.heads and self.model.directory is None:
-            raise ValueError("freeze: a model of new weights has no old heads; freeze them in a growth, or layers")
+        if self.freeze and self.freeze.asks_for_old and self.model.directory is None:
+            raise ValueError(
+                "freeze: a model of new weights has no old heads or layers; freeze them in a growth, or layers by index"
+            )
         if self.multipliers and self.optimizer.name != "adamw":
             raise ValueError("multipliers are for adamw, whose step does not shrink with the gradient; leave them out")
         return self

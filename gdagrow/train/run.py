@@ -81,7 +81,9 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     logging.disable_progress_bar()
     processes = Processes(recipe)
     shares_of(recipe, processes.count)  # refuses a batch that does not divide
-    start = headers_of(recipe)[0]  # refuses what cannot grow so
+    last = None if restart else last_state(run)
+    # Refuses what cannot grow so.
+    start = headers_of(recipe, processes.count, done=last.step + last.grown if last else 0)[0]
     processes.meet()
     vocab = architecture_of(start.config).sizes(start.config).vocab
     if processes.is_first:
@@ -190,8 +192,9 @@ class _Run:
             warm_up = growth.rewarm_up if growth else 0
             found.append(GrowthCallback(directory, multipliers=recipe.multipliers, warm_up=warm_up, at_step=at_step))
         if freeze is not None:
-            grown = directory if freeze.heads else None
-            found.append(FreezeCallback(freeze.steps, layers=freeze.layers, old_heads_of=grown, at_step=at_step))
+            old: dict[str, Any] = {"old_heads_of": directory} if freeze.heads else {}
+            old |= {"old_layers_of": directory} if freeze.layers == "old" else {"layers": freeze.layers}
+            found.append(FreezeCallback(freeze.steps, at_step=at_step, **old))
         if recipe.health_every:
             found.append(HealthCallback(recipe.health_every, self._write, directory, at_step))
         return found

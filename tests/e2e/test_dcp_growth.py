@@ -1,6 +1,7 @@
 """A sharded run is grown by one process and goes on on any number of ranks, its optimizer included."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from gdagrow.engine import grow_moment
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.growing import grow_checkpoint, prepare_growth
+from gdagrow.models.gda import load_model
 from gdagrow.recipe import make_recipe
+from gdagrow.verify.weights import check_weights
 from tests.checkpoints import write_checkpoint, write_distributed_state
 from tests.command import call
 from tests.dcp_ranks import run_jobs
@@ -204,3 +207,115 @@ def test_tied_weights_alone_whose_head_differs_or_is_untied(tmp_path: Path) -> N
     grown = torch.load(tmp_path / "plain.pt", weights_only=True)["model"]
     assert torch.equal(grown["lm_head.weight"], (embedding / 2).repeat(1, 2))
     assert torch.equal(grown["model.embed_tokens.weight"], embedding.repeat(1, 2))
+
+
+EVERY_AXIS: dict[str, dict[str, Any]] = {
+    "deeper": {"depth": 2},
+    "to a size": {"hidden_to": 47},
+    "all at once": {"insert": "after:0,1,1", "hidden_to": 80, "signal": "5:1", "select": "norm", "noise": 1, "ffn": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("recipe", EVERY_AXIS.values(), ids=list(EVERY_AXIS))
+def test_weights_alone_grow_along_every_axis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: dict[str, Any], tied: bool
+) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32, tied=tied)
+    weights = load_model(tmp_path / "model").state_dict()
+    dcp.save({"model": weights, "steps": 7}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    (tmp_path / "dcp" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    grow_checkpoint(tmp_path / "dcp", tmp_path / "grown", make_recipe(recipe))
+    grow_checkpoint(tmp_path / "model", tmp_path / "whole", make_recipe(recipe))
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    dcp_to_torch_save(tmp_path / "grown", tmp_path / "plain.pt")
+    plain = torch.load(tmp_path / "plain.pt", weights_only=True)
+    assert plain["steps"] == 7
+    assert plain["model"].keys() - {"lm_head.weight"} == whole.keys() - {"lm_head.weight"}
+    for name, tensor in whole.items():
+        assert plain["model"][name].dtype == tensor.dtype
+        assert torch.equal(plain["model"][name], tensor), name
+    # An engine loads into what it has; what is made in float64 is rounded to that, and nothing else is.
+    state = {"model": load_model(tmp_path / "whole", dtype=torch.float32).state_dict()}
+    for tensor in state["model"].values():
+        tensor.fill_(0.25)
+    dcp.load(state, checkpoint_id=tmp_path / "grown", no_dist=True)
+    assert all(torch.equal(state["model"][name], tensor.float()) for name, tensor in whole.items())
+    records = [json.loads((tmp_path / name / "growth.json").read_text()) for name in ("grown", "whole")]
+    assert records[0]["lineage"] == records[1]["lineage"]
+    for source in ("model", "dcp"):
+        outcome = call(capsys, "diff", tmp_path / source, tmp_path / "grown", "--weights")
+        assert outcome.code == 0, outcome
+    outcome = call(capsys, "diff", tmp_path / "dcp", tmp_path / "grown", "--seqs", 1, "--length", 6, "--decode", 0)
+    assert outcome.code == 0, outcome
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["one directory", "the Trainer's pair"])
+def test_moments_grow_to_a_size_that_is_no_multiple(tmp_path: Path, pair: bool) -> None:
+    """Gains were multiplied by the root of 32 / 47, so that their gradients are divided by it; fresh features begin."""
+    write_checkpoint(tmp_path / "model", dtype=torch.float32)
+    weights = load_model(tmp_path / "model").state_dict()
+    generator = torch.Generator().manual_seed(0)
+    kept = {
+        name: {"step": torch.tensor(3.0)}
+        | {key: torch.rand(weight.shape, generator=generator) for key in ("exp_avg", "exp_avg_sq")}
+        for name, weight in weights.items()
+    }
+    source, target = tmp_path / "source", tmp_path / "grown"
+    write_both(source, weights, kept, pair=pair)
+    (source / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    grow_checkpoint(source, target, make_recipe({"hidden_to": 47}))
+    dcp_to_torch_save(target / "optimizer_0" if pair else target, tmp_path / "plain.pt")
+    tree = torch.load(tmp_path / "plain.pt", weights_only=True)
+    grown = tree["optimizer" if pair else "optim"]["state"]
+    assert grown.keys() == kept.keys()
+    for name, moments in grown.items():
+        assert moments["step"] == 3
+        for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            expected = kept[name][key]
+            gain = "layernorm" in name or name == "model.norm.weight"
+            expected = expected / (32 / 47) ** (power / 2) if gain else expected
+            for dim, (old, new) in enumerate(zip(weights[name].shape, moments[key].shape, strict=True)):
+                assert new == (47 if old == 32 else old)
+                zeros = expected.new_zeros([new - old if d == dim else n for d, n in enumerate(expected.shape)])
+                expected = torch.cat((expected, zeros), dim)
+            # One product in float32, of a quotient rounded to float64.
+            assert torch.allclose(moments[key], expected, rtol=2e-7, atol=0), (name, key)
+    record = json.loads((target / "growth.json").read_text())
+    assert record["optimizer"]["reset"] == {}
+    assert record["warm_up"]["steps"] == 40, "zeros of fresh features lie beside the old step count"
+    assert check_weights(tmp_path / "model", target).equivalent
+
+
+def write_both(directory: Path, weights: Any, kept: Any, *, pair: bool) -> None:
+    """A training state in one directory, or as the Trainer has it with several processes."""
+    groups = [{"lr": 1e-3, "betas": (0.9, 0.95), "params": list(weights)}]
+    moments = {"state": kept, "param_groups": groups}
+    trees = {".": {"model": weights, "optim": moments}}
+    if pair:
+        trees = {"pytorch_model_fsdp_0": {"model": weights}, "optimizer_0": {"optimizer": moments}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is one process
+        for place, tree in trees.items():
+            dcp.save(tree, checkpoint_id=directory / place, no_dist=True)
+
+
+@pytest.mark.parametrize("moments", ["auto", "carry", "reset"])
+@pytest.mark.parametrize("pair", [False, True], ids=["one directory", "the Trainer's pair"])
+def test_new_blocks_beside_an_optimizer_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: bool, moments: str
+) -> None:
+    write_checkpoint(tmp_path / "model", dtype=torch.float32)
+    weights = load_model(tmp_path / "model").state_dict()
+    kept = {
+        name: {"step": torch.tensor(1.0)} | {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+        for name, weight in weights.items()
+    }
+    write_both(tmp_path / "state", weights, kept, pair=pair)
+    words = ("--depth", "1", "--moments", moments, "--config", tmp_path / "model")
+    outcome = call(capsys, "expand", tmp_path / "state", tmp_path / "grown", *words)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "more layers: 16 parameters, the first model.layers.2." in outcome.err
+    assert "convert the weights alone to safetensors first" in outcome.err
+    assert not (tmp_path / "grown").exists()

@@ -187,6 +187,25 @@ def test_a_state_is_gone_on_with_by_another_number(
     assert_same_losses(tmp_path / "run", whole)
 
 
+def test_a_run_that_got_deeper_in_one_process_is_gone_on_with_by_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of new blocks its optimizer has nothing yet, which sharded ones need; small tensors are in float64."""
+    kept = {"layers": "old", "steps": 2}
+    changes = {"growth": [{"at": 4, "expand": {"depth": 2, "insert": "bottom"}, "freeze": kept}], "save_every": 8}
+    recipe = write_recipe(tmp_path / "r.yaml", **changes, keep=9, steps=8)
+    assert call(capsys, "train", recipe, "--out", tmp_path / "one", "--quiet").code == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name in ("checkpoint-8", "model"):
+        shutil.rmtree(tmp_path / "two" / name)
+    assert together(2, "train", recipe, "--out", tmp_path / "two", "--resume", "--quiet") == [0, 0]
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    assert together(2, "train", recipe, "--out", tmp_path / "new", "--quiet") == [2, 2], (
+        "a growth that is still to come"
+    )
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_batch_that_does_not_divide_is_refused_by_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path / "r.yaml")
     assert together(3, "train", recipe, "--out", tmp_path / "run") == [2, 2, 2]

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, DiffLlamaForCausalLM, Trainer, TrainingArguments
 
+import gdagrow.models.hf  # noqa: F401  (registers the Motif classes)
 from gdagrow.engine import grow_moment
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.growing import grow_checkpoint, prepare_growth
 from gdagrow.optimizer_file import read_optimizer
 from gdagrow.recipe import make_recipe
+from tests.checkpoints import write_checkpoint
 from tests.command import call
 
 CONFIG = {
@@ -191,6 +193,62 @@ def test_conversion_takes_moments_along_in_the_order_of_the_new_layout(run: tupl
         assert torch.equal(loaded[numbers[tensor.name]]["exp_avg"], expected / copies), tensor.name
         compared += 1
     assert compared > 10
+
+
+@pytest.fixture(scope="module")
+def motif_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Log]:
+    """A run of a model in Motif's layout with a checkpoint at step 3, and its log to the end."""
+    out = tmp_path_factory.mktemp("motif")
+    write_checkpoint(out / "source", vocab=50, activation="silu", dtype=torch.float32, extra={})
+    return out, train(AutoModelForCausalLM.from_pretrained(out / "source"), out)
+
+
+EVERY_AXIS = {
+    "even": ({"depth": 2}, 0),
+    "bottom": ({"depth": 3, "insert": "bottom"}, 0),
+    "to sizes": ({"hidden_to": 40, "ffn_to": 100, "depth": 1, "insert": "top"}, 0),
+    "selected": ({"signal": "5:1", "select": "norm", "insert": "after:0,0", "hidden": 2}, 0),
+    "diffllama": ({"depth": 2, "insert": "top", "ffn": 2}, 1),
+    "diffllama to motif": ({"to": "motif", "depth": 2, "hidden_to": 48, "signal": 2}, 1),
+}
+
+
+@pytest.mark.parametrize(("recipe", "source"), EVERY_AXIS.values(), ids=list(EVERY_AXIS))
+def test_the_run_goes_on_along_every_axis(
+    motif_run: tuple[Path, Log], run: tuple[Path, Log], tmp_path: Path, recipe: dict[str, Any], source: int
+) -> None:
+    """New blocks begin without moments and with a step count of their own, whatever else grows."""
+    out, log = (motif_run, run)[source]
+    plan = prepare_growth(out / "checkpoint-3", make_recipe(recipe)).plan
+    grow_checkpoint(out / "checkpoint-3", tmp_path / "grown", make_recipe(recipe))
+    before, after = (
+        moments(path, AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager"))
+        for path in (out / "checkpoint-3", tmp_path / "grown")
+    )
+    assert after.keys() == {tensor.name for tensor in plan.tensors}
+    for tensor in plan.tensors:
+        if tensor.moments_lost:
+            assert after[tensor.name] == {}
+            continue
+        assert after[tensor.name]["step"] == 3
+        assert after[tensor.name]["exp_avg"].shape == tensor.shape, tensor.name
+        if tensor.part == "mlp" and tensor.stored:
+            expected = grow_moment(tensor.growth, before[tensor.stored]["exp_avg_sq"], 2)
+            assert torch.equal(after[tensor.name]["exp_avg_sq"], expected), tensor.name
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", attn_implementation="eager")
+    resumed = train(grown, tmp_path / "goes-on", resume=tmp_path / "grown")
+    assert [entry["step"] for entry in resumed] == [1, 2, 3, 4, 5, 6]
+    # The first batch meets the source's function: float32 sums of up to thrice as many terms.
+    assert resumed[3]["loss"] == pytest.approx(log[3]["loss"], rel=1e-5)
+    assert all(abs(ours["loss"] - theirs["loss"]) < 0.1 for ours, theirs in zip(resumed, log, strict=True))
+    saved = torch.load(tmp_path / "goes-on/checkpoint-6/optimizer.pt", weights_only=True)["state"]
+    assert len(saved) == len(plan.tensors)
+    # All that there was has six steps, all that was new three.
+    steps = [float(kept["step"]) for kept in saved.values()]
+    assert (steps.count(6.0), steps.count(3.0)) == (
+        sum(not tensor.moments_lost for tensor in plan.tensors),
+        sum(bool(tensor.moments_lost) for tensor in plan.tensors),
+    )
 
 
 def test_what_the_commands_say(run: tuple[Path, Log], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def other_width(source: Path) -> None:
 
 
 def no_moments(source: Path) -> None:
-    change(source, lambda tree: tree["state"].pop(3))
+    change(source, lambda tree: tree["state"].clear())
 
 
 def one_moment_less(source: Path) -> None:
@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         one_wrong_shape,
         "exp_avg of model.embed_tokens.weight has shape [32, 61], the ",
     ),
-    "missing moments": (no_moments, "model.layers.0.self_attn.lambda_q2 has none"),
+    "missing moments": (no_moments, "moments cannot be carried: no parameter has any"),
     "a moment less": (one_moment_less, "model.layers.0.self_attn.lambda_q2 has no exp_avg_sq"),
     "no step count": (no_step, "model.layers.0.self_attn.lambda_q2 has no step"),
     "no groups": (no_groups, "expected the state_dict of one torch optimizer"),

@@ -99,6 +99,13 @@ def test_what_several_processes_cannot_grow_is_refused_before_they_begin() -> No
     assert len(forecast(made, 1).legs) == 2
     with pytest.raises(TrainError, match="growth at step 5: the head of untied embeddings would be new"):
         forecast(made, 2)
+    kept = {"layers": "old", "steps": 3}
+    deeper = make_train_recipe(recipe(growth=[{"at": 5, "expand": {"depth": 3}, "freeze": kept}]), "r")
+    assert [leg.model.sizes.num_layers for leg in forecast(deeper, 1).legs] == [2, 5]
+    with pytest.raises(TrainError, match="growth at step 5: new blocks would be new to an optimizer that several"):
+        forecast(deeper, 2)
+    none = make_train_recipe(recipe(growth=[{"at": 5, "expand": {"layers": 2, "signal": 2}}]), "r")
+    assert len(forecast(none, 2).legs) == 2, "as many layers as there are"
 
 
 def test_the_command_says_so_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

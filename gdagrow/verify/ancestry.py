@@ -227,7 +227,9 @@ def _read_step(record: Any, widths: _Widths) -> tuple[_Step, _Widths]:
         signal = [_signal_heads(of_layer, groups, widths) for of_layer in by_layer]
     else:
         signal = [_signal_heads(lineage["signal_heads"], groups, widths)] * widths.layers
-    fresh = dict(lineage["fresh"]) if "fresh" in lineage else {}
+    fresh = lineage.get("fresh", {})
+    if not isinstance(fresh, dict):
+        raise ValueError(f"fresh: expected a number of features by axis, got {type(fresh).__name__}")
     hidden, ffn = (_features(lineage[axis], axis, size, fresh.get(axis, 0))
                    for axis, size in zip(FEATURES, (widths.hidden, widths.ffn), strict=True))  # fmt: skip
     step = _Step(groups, signal, kv, hidden, ffn, _layers(lineage, widths.layers))

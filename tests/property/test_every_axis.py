@@ -64,7 +64,7 @@ def test_any_composition_preserves_the_function(case: tuple[dict[str, Any], dict
 
 @settings(RANDOM, max_examples=25)
 @given(compositions())
-def test_layer_by_layer_and_by_gradients(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_layer_by_layer(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Every part of every old layer is the source's, new blocks add nothing, and all residual streams agree."""
     topology, recipe = case
     with TemporaryDirectory() as directory:

@@ -26,17 +26,14 @@ class Ancestry:
     maps: The maps of every axis, layer by layer.
     layers: Which of its layers each of the grown ones is, or is a copy of.
     num_growths: How many growths lie between.
+    repairs: Whether one of them made small tensors anew, for layers that moved or features that are fresh.
     """
 
     before: Sizes
     maps: GrowthMaps
     layers: Layers
     num_growths: int
-
-    @property
-    def repairs(self) -> bool:
-        """Whether small tensors were made anew, for layers that moved or features that are fresh."""
-        return bool(self.layers.moved) or self.maps.common.of("hidden", None).num_fresh > 0
+    repairs: bool
 
 
 class _Widths(NamedTuple):
@@ -201,7 +198,9 @@ def _ancestry(steps: Sequence[tuple[_Step, _Widths]], before: Sizes, after: Size
         for heads in dict.fromkeys(_hashable(of_layer) for of_layer in made.signal)
     }  # fmt: skip
     by_layer = tuple(known[_hashable(of_layer)] for of_layer in made.signal)
-    return Ancestry(before, GrowthMaps(by_layer), made.layers, len(steps))
+    # Of each growth, for a block that was new in one may have moved in the next.
+    repairs = any(step.layers.moved or None in step.hidden for step, _ in steps)
+    return Ancestry(before, GrowthMaps(by_layer), made.layers, len(steps), repairs)
 
 
 def _hashable(heads: list[list[int]]) -> tuple[tuple[int, ...], ...]:

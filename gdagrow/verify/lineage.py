@@ -63,9 +63,10 @@ def lineage_of(source: Header, grown: Header, *, untied: bool = False) -> Lineag
         )
     found = ancestry_from(grown.directory, before, after, untied=untied)
     if found is None:
-        return Lineage(before, inferred_maps(before, after), Layers.unchanged(after.num_layers), 1, "config.json")
+        layers = Layers.unchanged(after.num_layers)
+        return Lineage(before, inferred_maps(before, after), layers, 1, repairs=False, origin="config.json")
     _require_possible(grown, architectures[0], source, found)
-    return Lineage(found.before, found.maps, found.layers, found.num_growths, RECORD_FILE)
+    return Lineage(**vars(found), origin=RECORD_FILE)
 
 
 def _require_possible(grown: Header, architecture: Architecture, source: Header, found: Ancestry) -> None:

@@ -349,6 +349,8 @@ def test_repairs_in_one_of_several_growths_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", activation="silu", extra=EPS)
     for name, first, second in (
         ("depth", {"depth": 1, "insert": "bottom"}, {"hidden": 2}), ("size", {"hidden": 2}, {"hidden_to": 70}),
+        # No old layer of the first source moves, but a block that was new has moved.
+        ("new", {"depth": 1, "insert": "top"}, {"insert": "after:1"}),
     ):  # fmt: skip
         grow(tmp_path / "a", tmp_path / f"{name}-b", first)
         grow(tmp_path / f"{name}-b", tmp_path / f"{name}-c", second)
@@ -357,3 +359,22 @@ def test_repairs_in_one_of_several_growths_are_refused(tmp_path: Path) -> None:
             check_weights(tmp_path / "a", tmp_path / f"{name}-c")
         run = compare(tmp_path / "a", tmp_path / f"{name}-c", TOKENS)
         assert (run.equivalent, run.first_difference, run.parts_not_compared) == (True, None, None)
+
+
+def test_several_growths_without_repairs_fold_back_at_once(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", activation="silu", tied=True, extra=EPS)
+    for source, target, recipe in (
+        ("a", "b", {"depth": 1, "insert": "top"}), ("b", "c", {"ffn_to": 60, "hidden": 3}),
+        ("c", "d", {"ffn": 2, "signal": "4:1", "select": "norm"}), ("d", "e", {"insert": "top", "layers": 5}),
+    ):  # fmt: skip
+        grow(tmp_path / source, tmp_path / target, recipe)
+        for first in "abcd"[: ord(target) - ord("a")]:
+            found = check_weights(tmp_path / first, tmp_path / target)
+            assert (found.equivalent, found.maps) == (True, "growth.json"), found
+    run = compare(tmp_path / "a", tmp_path / "e", TOKENS)
+    assert (run.equivalent, run.first_difference, run.parts_not_compared) == (True, None, None)
+    assert compare_gradients(tmp_path / "a", tmp_path / "e", TOKENS).equivalent
+    edit(tmp_path / "e", lambda t: t[NEW.replace("1", "4") + "self_attn.o_proj.weight"][0, 0].fill_(LEAST))
+    assert [difference.name for difference in check_weights(tmp_path / "a", tmp_path / "e").differences] == [
+        "model.layers.4.self_attn.o_proj.weight"
+    ]

@@ -138,9 +138,10 @@ def _layer_tables(parts: Sequence[PartDifference]) -> Iterator[Table | Text]:
     for heading in ("layer", *(part.heading for part in _PARTS.values())):
         table.add_column(heading, justify="right")
     for layer in sorted(closest):
-        cells = [Text(f"{part.max_rel:.1e}{'' if part.agrees else ' !'}", "" if part.agrees else "bold red")
-                 for part in layers[layer]]  # fmt: skip
-        table.add_row(str(layer), *cells)
+        cells = {part.part: Text(f"{part.max_rel:.1e}{'' if part.agrees else ' !'}", "" if part.agrees else "bold red")
+                 for part in layers[layer]}  # fmt: skip
+        # A new block has no signal, noise and differences of the source beside it.
+        table.add_row(str(layer), *(cells.get(part, "") for part in _PARTS))
     yield table
     judged = [part for layer in layers.values() for part in layer]
     if bad := sum(not part.agrees for part in judged):

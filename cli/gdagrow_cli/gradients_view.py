@@ -1,5 +1,7 @@
 """`gdagrow diff --gradients`: whether a grown checkpoint learns as its source, and whose moments can be carried."""
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from gdagrow.verify.gradients import GradientComparison, compare_gradients
-from gdagrow.verify.mirror import GradientDifference
+from gdagrow.verify.mirror import UNEQUAL_PARTS, GradientDifference
 from gdagrow_cli.console import print_json, stdout_console
 from gdagrow_cli.plan_view import print_section
 from gdagrow_cli.running import require_device, status
@@ -45,9 +47,12 @@ def _print(console: Console, comparison: GradientComparison) -> None:
         console.print(f"  {len(wrong)} tensors differ, the first of the backward pass: {first}")
     tokens = f"{comparison.num_sequences} x {comparison.length} tokens, computed in {comparison.dtype}"
     title = f"Gradients on {tokens}, loss {comparison.loss:.4g}, maps from {comparison.maps}"
-    print_section(console, title, _table(rows))
-    for reason in dict.fromkeys(row.lost for row in rows if row.lost):
-        names = ", ".join(_short(row) for row in rows if row.lost == reason)
+    lost = [tensor for tensor in comparison.tensors if tensor.lost]
+    in_all = Counter(tensor.parameter for tensor in comparison.tensors)
+    not_carried = Counter(tensor.parameter for tensor in lost)
+    print_section(console, title, _table(rows, {name: in_all[name] - not_carried[name] for name in in_all}, in_all))
+    for reason in dict.fromkeys(tensor.lost for tensor in lost):
+        names = ", ".join(dict.fromkeys(_short(tensor) for tensor in lost if tensor.lost == reason))
         print_section(console, f"Moments that cannot be carried exactly: {reason}", Text(names))
 
 
@@ -65,14 +70,23 @@ def _short(tensor: GradientDifference) -> str:
     return tensor.parameter.rpartition("{layer}.")[2].removeprefix("model.")
 
 
-def _table(rows: list[GradientDifference]) -> Table:
+def _table(rows: list[GradientDifference], carried: Mapping[str, int], in_all: Mapping[str, int]) -> Table:
+    """`carried` and `in_all`: of each row of the architecture's table, how many tensors' moments are, and there are."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("over all layers")
     for heading in ("together", "each copy", "tolerance"):
         table.add_column(heading, justify="right")
     table.add_column("moments")
     for row in rows:
-        moments = Text("exact", "green") if row.lost is None else Text(f"{row.mirror:.1%} off", "yellow")
+        moments = _moments(row, carried[row.parameter], in_all[row.parameter])
         cells = (f"{row.chain:.1e}{'' if row.agrees else ' !'}", f"{row.mirror:.1e}", f"{row.tolerance:.1e}")
         table.add_row(_short(row), *cells, moments)
     return table
+
+
+def _moments(worst: GradientDifference, carried: int, in_all: int) -> Text:
+    if carried == in_all:
+        return Text("exact", "green")
+    if worst.lost == UNEQUAL_PARTS or worst.mirror > worst.tolerance:
+        return Text(f"{worst.mirror:.1%} off", "yellow")
+    return Text(f"in {carried} of {in_all}" if carried else "none", "yellow")

@@ -17,7 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 from gdagrow.errors import GdagrowError
@@ -80,6 +80,21 @@ class IndexMap:
     def __iter__(self) -> Iterator[int]:
         for start, stop in self.runs:
             yield from range(start, stop)
+
+    def runs_between(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """The runs of old indices, in order, that the new indices `[begin, end)` come from."""
+        starts, found = self._starts, []
+        for at in range(bisect_right(starts, begin) - 1, len(self.runs)):
+            if starts[at] >= end:
+                break
+            old = self.runs[at][0] - starts[at]
+            found.append((old + max(begin, starts[at]), old + min(end, starts[at + 1])))
+        return found
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each run begins among the new indices, and where the last one ends."""
+        return list(accumulate((stop - start for start, stop in self.runs), initial=0))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

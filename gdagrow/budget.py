@@ -23,8 +23,7 @@ from gdagrow.convert import as_motif
 from gdagrow.costs import ModelFigures, sized_figures
 from gdagrow.errors import PlanError, RecipeError
 from gdagrow.header import Header
-from gdagrow.heads import Heads
-from gdagrow.plan import LARGEST_SUPPORTED_RATIO
+from gdagrow.heads import LARGEST_SUPPORTED_RATIO, Heads
 from gdagrow.recipe import WIDTH_AXES, Recipe, make_recipe
 from gdagrow.rows import claim
 from gdagrow.units import count_text
@@ -51,9 +50,10 @@ class Comparison:
     """Growths of one source that can be compared fairly.
 
     budget: Parameters asked for.
-    arms: What each shares with the others, to the growth: `source`, `uniform` (nearest to the budget), and those
-        group-differentiated growths that are nearest to the uniform one in parameters (`equal parameters`), in
-        FLOPs a token (`equal FLOPs`), and in parameters among those with as many query heads (`equal query heads`).
+    arms: What each shares with the others, to the growth: `source`, `uniform` and `differentiated` (each the
+        nearest to the budget), and those group-differentiated growths that are nearest to the uniform one in parameters
+        (`equal parameters`), in FLOPs a token (`equal FLOPs`), and in parameters among those with as many query heads
+        (`equal query heads`).
     missing: Why there is no such growth, for those that there is none of.
     """
 
@@ -114,17 +114,18 @@ def compare_arms(header: Header, budget: int) -> Comparison:
     arms, missing = {"source": Arm(None, source), "uniform": uniform}, {}
     differentiated = list(search.differentiated())
     heads = uniform.model.sizes.heads.num_query_heads
-    wanted: dict[str, tuple[list[_Widths], Measure, str]] = {
-        "equal parameters": (differentiated, _PARAMETERS, search.why_none),
-        "equal FLOPs": (differentiated, _FLOPS, search.why_none),
+    wanted: dict[str, tuple[list[_Widths], Measure, int, str]] = {
+        "differentiated": (differentiated, _PARAMETERS, budget, search.why_none),
+        "equal parameters": (differentiated, _PARAMETERS, _PARAMETERS(uniform.model), search.why_none),
+        "equal FLOPs": (differentiated, _FLOPS, _FLOPS(uniform.model), search.why_none),
         "equal query heads": (
             [widths for widths in differentiated if widths.model.sizes.heads.num_query_heads == heads],
-            _PARAMETERS,
+            _PARAMETERS, _PARAMETERS(uniform.model),
             f"no ratio above the source's up to {LARGEST_SUPPORTED_RATIO}:1 makes {heads} query heads",
         ),
-    }
-    for name, (considered, measure, why_none) in wanted.items():
-        arm = search.nearest(considered, measure, measure(uniform.model))
+    }  # fmt: skip
+    for name, (considered, measure, target, why_none) in wanted.items():
+        arm = search.nearest(considered, measure, target)
         if arm is None:
             missing[name] = why_none
         else:

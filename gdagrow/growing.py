@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.dcp import DcpHeader
 from gdagrow.errors import RecipeError
+from gdagrow.hints import hints_of
 from gdagrow.like import with_derived_sizes
 from gdagrow.moments import OPTIMIZER_FILE, Moments, Schedule, require_optimizer
 from gdagrow.output import Output, weights_output
@@ -29,7 +30,7 @@ class Growing:
     @property
     def hints(self) -> tuple[str, ...]:
         """What a user may want to know before going on; never a refusal."""
-        return (*self.plan.hints, *self.output.hints)
+        return (*hints_of(self.plan), *self.output.hints)
 
 
 def prepare_growth(

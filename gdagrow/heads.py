@@ -10,6 +10,9 @@ from gdagrow.errors import PlanError
 # Copies of one index: beyond any growth worth doing, within what the exact split of float64 can carry (9 spare bits).
 MAX_COPIES = 512
 
+# The paper's ratios decline beyond this many signal heads to a noise head.
+LARGEST_SUPPORTED_RATIO = 5
+
 # How often each signal head of each group stands in one copy of its group: `copies[group][head]`, never 0.
 HeadCopies = tuple[tuple[int, ...], ...]
 

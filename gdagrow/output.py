@@ -20,7 +20,7 @@ class GrownTensor:
     """A tensor to be streamed.
 
     name: Its name, which decides the random words of its noise.
-    files: Which of the readers has the stored tensor; None for a moment that begins at zero.
+    files: Which of the readers has the stored tensor; None for one that is all zeros.
     source: The stored tensor's name there.
     dtype: Safetensors dtype code, the stored tensor's own.
     growth: Its index maps.
@@ -88,9 +88,11 @@ def weights_output(plan: GrowthPlan, max_shard_bytes: int) -> Output:
 
 def grown_weights(plan: GrowthPlan) -> dict[str, GrownTensor]:
     """What is streamed for every weight of a plan, by name."""
-    return {
-        tensor.name: GrownTensor(
-            tensor.name, WEIGHTS, tensor.source.name, tensor.source.dtype, tensor.growth, noisy=tensor.noisy
+    grown = (
+        GrownTensor(
+            tensor.name, None if tensor.is_zero else WEIGHTS, tensor.source.name, tensor.source.dtype, tensor.growth,
+            noisy=tensor.noisy,
         )
         for tensor in plan.tensors
-    }
+    )  # fmt: skip
+    return {tensor.name: tensor for tensor in grown}

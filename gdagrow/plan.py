@@ -7,25 +7,28 @@ from math import prod
 from typing import Any
 
 from gdagrow.archs import Architecture, Sizes, architecture_of
+from gdagrow.asked import (
+    changed_keys,
+    changes_config,
+    deviation_asked,
+    features_asked,
+    layers_asked,
+    require_ffn,
+    rope_theta,
+)
 from gdagrow.axes import IndexMap
 from gdagrow.convert import as_motif
-from gdagrow.deeper import NEW_BLOCK, deepened
-from gdagrow.depth import EVEN, Layers, place_blocks
+from gdagrow.deeper import deepened
+from gdagrow.depth import Layers
 from gdagrow.errors import PlanError
 from gdagrow.growth import GrowthMaps, TensorGrowth
 from gdagrow.header import Header, TensorInfo
-from gdagrow.heads import MAX_COPIES, HeadGrowth, Ratio, axis_maps
+from gdagrow.heads import HeadGrowth, Ratio, axis_maps
 from gdagrow.recipe import WIDTH_AXES, Recipe
 from gdagrow.rows import claim, grown_rows, why_moments_are_lost
 from gdagrow.selection import grown_heads_by_layer
-from gdagrow.views import origin_of, why_float64
+from gdagrow.views import origin_of
 from gdagrow.wider import with_gains
-
-# Of weights that are free, where the model's config has no `initializer_range`.
-DEFAULT_DEVIATION = 0.02
-
-# The paper's ratios decline beyond this many signal heads to a noise head.
-LARGEST_SUPPORTED_RATIO = 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class TensorPlan:
     notation: Its dimensions in arrow notation.
     part: `embedding`, `attention`, `mlp`, `norm` or `head`.
     growth: Its index maps.
+    is_zero: Whether it is all zeros, and nothing is read for it.
     noisy: Whether its split weights get zero-sum noise.
     learning_rate_multiplier: Suggested: a split weight is `1/copies` of what it was while an optimizer's step is not.
     moments_lost: Why its optimizer moments cannot be carried exactly, or None where they can.
@@ -51,6 +55,7 @@ class TensorPlan:
     notation: str
     part: str
     growth: TensorGrowth
+    is_zero: bool
     noisy: bool
     learning_rate_multiplier: float
     moments_lost: str | None
@@ -129,62 +134,6 @@ class GrowthPlan:
         name = architecture_of(self.header.stored.config).name
         return None if name == self.architecture.name else name
 
-    @property
-    def hints(self) -> tuple[str, ...]:
-        """What a user may want to know before going on; never a refusal."""
-        hints = [*self._of_float64, *self._of_function]
-        ratio = self.after.heads.ratio
-        if ratio > LARGEST_SUPPORTED_RATIO:
-            hints.append(f"the ratio {ratio}:1 is above {LARGEST_SUPPORTED_RATIO}:1, where the paper saw quality "
-                         f"decline (3:1 to 4:1 train best){self._back_in_range()}")  # fmt: skip
-        if self.recipe.exact_copies:
-            hints.append("exact copies see identical gradients and stay identical for ever in training")
-        lost: dict[str, dict[str, None]] = {}
-        for tensor in self.tensors:
-            if tensor.moments_lost and tensor.moments_lost != NEW_BLOCK:
-                lost.setdefault(tensor.moments_lost, {})[tensor.parameter.removeprefix("model.layers.{layer}.")] = None
-        if lost:
-            told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in lost.items())
-            hints.append(f"optimizer moments cannot be carried exactly for {told}")
-        return tuple(hints)
-
-    @property
-    def _of_float64(self) -> Iterator[str]:
-        """What is stored in float64 though its source is not."""
-        made: dict[str, dict[str, None]] = {}
-        for tensor in self.tensors:
-            if (reason := why_float64(self.header, tensor.source.name)) is not None:
-                made.setdefault(reason, {})[tensor.parameter.removeprefix("model.layers.{layer}.")] = None
-        if made:
-            told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in made.items())
-            yield (
-                f"stored in float64, because a shorter dtype would round them: {told}; a trainer that casts them "
-                "changes the function by that rounding"
-            )
-
-    @property
-    def _of_function(self) -> Iterator[str]:
-        """What changes the function, because the recipe says so."""
-        if "rope_theta" in self.changed_keys:
-            before, after = self.changed_keys["rope_theta"]
-            yield (
-                f"rope_theta {before} to {after} changes the function, as the recipe asks: the grown "
-                "model is another one until it is trained"
-            )
-
-    def _back_in_range(self) -> str:
-        before, after = self.before.heads, self.after.heads
-        noise = after.num_groups // before.num_groups
-        signal, uneven = divmod(after.num_signal_heads, before.num_signal_heads)
-        for more in range(2, after.ratio + 1):
-            if after.ratio % more == 0 and after.ratio // more <= LARGEST_SUPPORTED_RATIO:
-                if isinstance(self.recipe.signal, int) and self.recipe.uniform == 1:
-                    return f"; noise x{noise * more} as well would make it {after.ratio // more}:1"
-                # Neither a target ratio nor a uniform factor gives way to a noise factor beside it.
-                factors = f"signal x{signal}, noise x{noise * more}"
-                return "" if uneven else f"; the factors {factors} would make it {after.ratio // more}:1"
-        return ""
-
 
 def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     """Plan a growth.
@@ -209,13 +158,13 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
         architecture = architecture_of(header.config)
     heads = grown_heads_by_layer(header, architecture, before, recipe)
     _require_ratio(architecture, heads[0])
-    layers = _layers(before, recipe)
-    hidden, ffn = _features(before.hidden, recipe, "hidden"), _features(before.ffn, recipe, "ffn")
-    if ffn.num_fresh and architecture.averages_ffn(header.config):
-        raise PlanError(_no_size_of_an_averaged_ffn(before.ffn, ffn.size))
+    layers = layers_asked(before, recipe)
+    hidden, ffn = features_asked(before.hidden, recipe, "hidden"), features_asked(before.ffn, recipe, "ffn")
+    require_ffn(architecture, header.config, ffn)
     after = Sizes(heads[0].after, before.head_dim, hidden.size, ffn.size, before.vocab, len(layers.source))
-    if after == before and tied_after == tied and recipe.to is None and not _changes_config(header.config, recipe):
-        raise PlanError(f"nothing would grow: the source already has the ratio {before.heads.ratio}:1")
+    if after == before and tied_after == tied and recipe.to is None and not changes_config(header.config, recipe):
+        told = f"the ratio {recipe.signal}" if isinstance(recipe.signal, Ratio) else "these sizes"
+        raise PlanError(f"nothing would grow: the source already has {told}")
     if layers.new:
         header = deepened(header, architecture, layers)
     header = with_gains(header, architecture, before.hidden, hidden.size)
@@ -224,77 +173,11 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     known = {id(growth): axis_maps(growth, before.head_dim, plain) for growth in heads}
     maps = GrowthMaps(tuple(known[id(growth)] for growth in heads_of_layer))
     tensors = tuple(_tensor_plans(header, recipe, architecture, maps, tied_after))
-    config = architecture.grown_config(header.config, after, tied=tied_after) | _changed_keys(header.config, recipe)
+    config = architecture.grown_config(header.config, after, tied=tied_after) | changed_keys(header.config, recipe)
     return GrowthPlan(
         header, recipe, architecture, before, after, layers, heads_of_layer, maps, config, tied, tied_after,
-        _deviation(header.config), tensors,
+        deviation_asked(header.config), tensors,
     )  # fmt: skip
-
-
-def _layers(before: Sizes, recipe: Recipe) -> Layers:
-    """Which layers there shall be."""
-    if recipe.layers is not None and recipe.layers < before.num_layers:
-        raise PlanError(
-            f"layers {recipe.layers}: the source has {before.num_layers}, and growth never drops a layer; choose "
-            f"{before.num_layers} or more"
-        )
-    more = recipe.depth or 0 if recipe.layers is None else recipe.layers - before.num_layers
-    placement = recipe.insert or EVEN
-    if recipe.layers is None and recipe.depth is None and placement.where == "after":
-        more = len(placement.layers)
-    return place_blocks(before.num_layers, more, placement) if more else Layers.unchanged(before.num_layers)
-
-
-def _features(size: int, recipe: Recipe, axis: str) -> IndexMap:
-    """The map of the residual stream, or of the FFN."""
-    target: int | None = getattr(recipe, f"{axis}_to")
-    if target is None:
-        return IndexMap.tile(size, _whole(recipe, axis))
-    if target < size:
-        raise PlanError(
-            f"{axis} to {target}: the source has {size}, and growth never drops a feature; choose {size} or more"
-        )
-    if target // size > MAX_COPIES:
-        raise PlanError(f"{axis} to {target}: more than {MAX_COPIES} copies of {size}; choose a smaller size")
-    return IndexMap.extended(size, target)
-
-
-def _no_size_of_an_averaged_ffn(size: int, target: int) -> str:
-    nearest = " or ".join(str(size * copies) for copies in (target // size, target // size + 1))
-    return (
-        f"ffn {size} to {target}: PolyNorm averages over all FFN units, with an eps that no config holds, so that "
-        f"units beside whole copies would change all others; choose {nearest}"
-    )
-
-
-def _changes_config(config: Mapping[str, Any], recipe: Recipe) -> bool:
-    return any(config.get(key) != value for key, value in _changed_keys(config, recipe).items())
-
-
-def _changed_keys(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Keys of the config that are no sizes, as the recipe names them."""
-    keys: dict[str, Any] = {}
-    if recipe.max_position_embeddings is not None:
-        keys["max_position_embeddings"] = recipe.max_position_embeddings
-    if recipe.rope_theta is not None:
-        newer = config.get("rope_parameters")  # where transformers 5 has it
-        if isinstance(newer, Mapping):
-            keys["rope_parameters"] = {**newer, "rope_theta": recipe.rope_theta}
-        if "rope_theta" in config or "rope_parameters" not in keys:
-            keys["rope_theta"] = recipe.rope_theta
-    return keys
-
-
-def rope_theta(config: Mapping[str, Any]) -> Any:
-    """The base of RoPE as a config has it, None if it has none."""
-    newer = config.get("rope_parameters")
-    return config.get("rope_theta", newer.get("rope_theta") if isinstance(newer, Mapping) else None)
-
-
-def _deviation(config: Mapping[str, Any]) -> float:
-    """How widely free weights are drawn: as the model's own config says that weights are."""
-    found = config.get("initializer_range")
-    return found if isinstance(found, float) and 0 < found < 1 else DEFAULT_DEVIATION
 
 
 def _converted(header: Header, architecture: Architecture) -> Header:
@@ -313,12 +196,6 @@ def _require_ratio(architecture: Architecture, heads: HeadGrowth) -> None:
         )
 
 
-def _whole(recipe: Recipe, axis: str) -> int:
-    factor = recipe.factor(axis)
-    assert isinstance(factor, int)
-    return factor
-
-
 def _tensor_plans(
     header: Header, recipe: Recipe, architecture: Architecture, maps: GrowthMaps, tied_after: bool
 ) -> Iterator[TensorPlan]:
@@ -330,7 +207,8 @@ def _tensor_plans(
         yield TensorPlan(
             name=row.name, source=header.tensors[row.source], parameter=row.parameter.name, notation=row.notation,
             part=row.parameter.part, growth=growth, stored=origin.name,
-            noisy=growth.splits and not recipe.exact_copies and not carries_split,
+            is_zero=origin.is_zero,
+            noisy=growth.splits and not (recipe.exact_copies or carries_split or origin.is_zero),
             learning_rate_multiplier=prod((dim.old_size / (dim.size - dim.num_fresh) for dim in read), start=1.0),
             moments_lost=why_moments_are_lost(row, header, architecture, maps, untied=untied),
         )  # fmt: skip

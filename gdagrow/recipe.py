@@ -173,8 +173,6 @@ class Recipe(BaseModel):
     def label(self) -> str:
         """A short name of the growth, for the default output directory: `signal-x2`, `to-motif-ratio-4to1`."""
         parts = [f"to-{self.to}"] * (self.to is not None) + [f"uniform-x{self.uniform}"] * (self.uniform != 1)
-        if self.like is not None:
-            parts.append(f"like-{Path(self.like).resolve().name.removesuffix('.json')}")
         if isinstance(self.signal, Ratio):
             parts.append(f"ratio-{self.signal.signal}to1")
         elif self.signal != 1:

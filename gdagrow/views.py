@@ -102,14 +102,14 @@ class Origin:
     rows: The order in which its rows are stored, if it is another.
     factor: What its values were multiplied by.
     anew: Why the moments of that tensor are not its own, or None.
-    is_stored: Whether its values are those of that tensor, in whatever order.
+    is_zero: Whether it is all zeros, because a view says so.
     """
 
     name: str | None
     rows: IndexMap | None = None
     factor: float = 1.0
     anew: str | None = None
-    is_stored: bool = True
+    is_zero: bool = False
 
 
 def origin_of(header: Header, name: str, below: Header | None = None) -> Origin:
@@ -121,12 +121,12 @@ def origin_of(header: Header, name: str, below: Header | None = None) -> Origin:
     found = Origin(None) if under is None else origin_of(header.under, under, below)
     if isinstance(how, Made):
         anew = found.anew if how.factor else how.because
-        return replace(found, anew=anew, factor=(how.factor or 1.0) * found.factor, is_stored=False)
+        return replace(found, anew=anew, factor=(how.factor or 1.0) * found.factor)
     anew = how.anew or found.anew
     if isinstance(how, Seen):
         assert how.rows is None or found.rows is None, f"the rows of {name} are reordered twice"
         return replace(found, rows=how.rows or found.rows, anew=anew)
-    return replace(found, anew=anew, is_stored=False)
+    return replace(found, anew=anew, is_zero=True)
 
 
 def why_float64(header: Header, name: str) -> str | None:

@@ -28,7 +28,7 @@ _COLUMNS: Final[tuple[tuple[str, str, Callable[[ModelFigures], int], Callable[[i
     ("training\nstate", "training_state_bytes", lambda m: m.training_state_bytes, bytes_text),
 )
 _CAPTION: Final = (
-    f"FLOPs and KV cache: for a token, forward, that looks back on {CONTEXT_LENGTH}",
+    f"FLOPs: forward, for a token that looks back on {CONTEXT_LENGTH}; KV cache: bytes a token",
     f"training state: float32 weights, gradients and two moments, {TRAINING_BYTES} bytes a parameter",
 )
 

@@ -140,8 +140,9 @@ def _layer_tables(parts: Sequence[PartDifference]) -> Iterator[Table | Text]:
     for layer in sorted(closest):
         cells = {part.part: Text(f"{part.max_rel:.1e}{'' if part.agrees else ' !'}", "" if part.agrees else "bold red")
                  for part in layers[layer]}  # fmt: skip
-        # A new block has no signal, noise and differences of the source beside it.
-        table.add_row(str(layer), *(cells.get(part, "") for part in _PARTS))
+        # The source has no heads for those of a new block, of which only what it adds is compared: nothing.
+        name = str(layer) if "signal heads" in cells else f"{layer} new"
+        table.add_row(name, *(cells.get(part, "") for part in _PARTS))
     yield table
     judged = [part for layer in layers.values() for part in layer]
     if bad := sum(not part.agrees for part in judged):

@@ -20,6 +20,7 @@ from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
 from gdagrow_cli.figures_view import HEADING, figures_table
 from gdagrow_cli.head_map import draw_choices, draw_growth, legend
+from gdagrow_cli.layer_map import draw_layers
 
 _WRITTEN_ANEW: Final = ("config.json", RECORD_FILE, INDEX_FILE)
 
@@ -145,6 +146,8 @@ def _print(console: Console, growing: Growing, companions: Companions) -> None:
     console.print()
     console.print(figures_table({"source": figures.source, "grown": figures.grown}))
     _print_heads(console, plan.heads_of_layer)
+    if plan.layers.new:
+        print_section(console, "Layers of the grown model", draw_layers(plan.layers))
     print_section(console, "Shapes, and the learning rate suggested for split weights", _shapes_table(plan))
     print_state(console, growing)
     print_companions(console, growing, companions)
@@ -189,8 +192,8 @@ def _labelled(rows: dict[str, TensorPlan]) -> Iterator[tuple[TensorPlan | None, 
 
 
 def _source_shape(plan: GrowthPlan, tensor: TensorPlan) -> tuple[int, ...] | None:
-    """The shape of the stored tensor; None for one that a conversion makes."""
-    return tensor.source.shape if tensor.source.name in plan.header.stored.tensors else None
+    """The shape of the stored tensor; None for one that has none, because a conversion makes it."""
+    return None if tensor.stored is None else plan.header.stored.tensors[tensor.stored].shape
 
 
 def _dims(shape: tuple[int, ...]) -> str:

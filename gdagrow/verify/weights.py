@@ -8,17 +8,14 @@ from typing import Any
 
 from gdagrow.archs import architecture_of
 from gdagrow.axes import parse
-from gdagrow.dcp import DcpHeader
 from gdagrow.errors import CompareError
-from gdagrow.formats.weight_files import RowFiles, WeightFiles
 from gdagrow.growth import GrowthMaps
-from gdagrow.header import Header
+from gdagrow.row_files import open_rows
 from gdagrow.rows import grown_rows
 from gdagrow.verify.lineage import lineage_of
 from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.settings import Setting, other_settings
 from gdagrow.verify.tensors import Folded, Folder, Pair, Place, PlaceKey, add_places
-from gdagrow.views import View
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
         ) from None
     pairs, differences = _pairs(headers, lineage.maps)
     wrong: dict[str, _Wrong] = {}
-    with _files_of(headers[0]) as old, _files_of(headers[1]) as new:
+    with open_rows(headers[0]) as old, open_rows(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
             if folded.num_wrong:
                 wrong.setdefault(folded.name, _Wrong()).add(folded)
@@ -120,15 +117,6 @@ class _Wrong:
         self.num_wrong += folded.num_wrong
         self.largest = max(self.largest, folded.largest)
         add_places(self.places, folded.places)
-
-
-def _files_of(header: Header) -> RowFiles:
-    if not isinstance(header, View | DcpHeader):
-        return WeightFiles(header)
-    # Inside, because what it makes takes torch, which takes longer to import than most checkpoints to check.
-    from gdagrow.reading import open_rows
-
-    return open_rows(header)
 
 
 def _pairs(headers: HeaderPair, maps: GrowthMaps) -> tuple[list[Pair], list[TensorDifference]]:

@@ -31,9 +31,9 @@ def test_plan_says_what_a_conversion_makes(model: Path, capsys: pytest.CaptureFi
     assert "motif: diffllama to motif, signal x2, embeddings stay tied; noise 40 dB down, seed 0" in " ".join(
         out.split()
     )
-    (row,) = [line.split() for line in out.splitlines() if "subln.weight " in line]
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("    self_attn.subln.weight")]
     assert row == ["self_attn.subln.weight", "8"], "no shape in the source"
-    hint = "the conversion makes each layer's subln.weight, lambda_q1 and lambda_k1, in float64"
+    hint = "self_attn.lambda_q1, self_attn.lambda_k1, self_attn.subln.weight (it is made in the conversion"
     assert hint in " ".join(out.split())
     out = call(capsys, "plan", model, "--to", "motif").out
     assert "motif: diffllama to motif, embeddings stay tied\n" in out, "nothing is split, so there is no noise"

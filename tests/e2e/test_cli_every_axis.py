@@ -34,8 +34,8 @@ def test_the_parts_of_a_new_block_stand_under_their_headings(
     assert [row.split()[0] for row in rows] == ["0", "1", "2", "3", "4"]
     for number in (1, 3):
         row = rows[number]
-        assert row.split()[1:3] == ["0.0e+00", "0.0e+00"]
-        for heading, cell in zip(("attention", "mlp", "residual"), row.split()[1:], strict=True):
+        assert row.split()[1:4] == ["new", "0.0e+00", "0.0e+00"]
+        for heading, cell in zip(("attention", "mlp", "residual"), row.split()[2:], strict=True):
             stop = headings.index(heading) + len(heading)
             assert row[:stop].endswith(cell), (heading, row)
     assert "rms_norm_eps" not in outcome.out
@@ -45,15 +45,25 @@ def test_moments_are_told_layer_by_layer(pair: tuple[Path, Path], capsys: pytest
     outcome = call(capsys, "diff", *pair, "--gradients", "--length", "8", "--seqs", "2")
     assert outcome.code == 0
     told = {words[0]: words[4:] for line in outcome.out.splitlines() if len(words := line.split()) > 4}
-    # New blocks have no past, and in two of the three layers before them lambda moved besides.
-    assert told["self_attn.lambda_q1"] == told["self_attn.subln.weight"] == ["in", "3", "of", "5"]
-    assert told["self_attn.lambda_q2"] == ["in", "1", "of", "5"]
-    assert told["lm_head.weight"] == ["exact"]
+    assert told["self_attn.lambda_q1"] == told["self_attn.subln.weight"] == told["lm_head.weight"] == ["exact"]
+    # In two of the three layers lambda moved.
+    assert told["self_attn.lambda_q2"] == ["exact", "in", "1", "of", "3"]
     text = " ".join(outcome.out.split())
-    assert "Moments that cannot be carried exactly: its block is new self_attn.lambda_q1, " in text
+    assert "optimizer moments can be carried exactly for 41 of 45 tensors; 28 more are of new blocks" in text
     assert "it makes up for the change of its layer's lambda_init self_attn.lambda_q2, self_attn.lambda_k2" in text
     tensors = json.loads(call(capsys, "diff", *pair, "--gradients", "--length", "8", "--json").out)["tensors"]
-    assert sum(tensor["lost"] is None for tensor in tensors) == len(tensors) - 2 * 14 - 2 * 2
+    assert sum(tensor["lost"] is None for tensor in tensors) == len(tensors) - 2 * 14 - 2 * 2 == 41
+
+
+def test_lambdas_that_moved_in_every_layer_are_not_called_exact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "a", dtype=torch.float32, scale=0.6, extra=EPS)
+    grow(tmp_path / "a", tmp_path / "b", {"depth": 1, "insert": "bottom"})
+    outcome = call(capsys, "diff", tmp_path / "a", tmp_path / "b", "--gradients", "--length", "8", "--seqs", "2")
+    told = {words[0]: words[4:] for line in outcome.out.splitlines() if len(words := line.split()) > 4}
+    assert told["self_attn.lambda_q2"] == ["anew"]
+    assert told["self_attn.lambda_q1"] == ["exact"]
 
 
 TOKENS = random_tokens(61, seqs=1, length=8, seed=0)

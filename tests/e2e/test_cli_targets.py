@@ -57,14 +57,17 @@ def test_every_obstacle_is_told_and_nothing_written(tmp_path: Path, capsys: pyte
     require_refusal(capsys, tmp_path, sentence, "plan", tmp_path / "model", "--like=motif-2.6b", "--kv-x2")
 
 
+@pytest.mark.parametrize("budget", [BUDGET, "225000"], ids=["widths alone", "depth as well"])
 def test_each_growth_that_is_proposed_makes_what_the_table_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """At a budget that is met without new layers."""
+    budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     write_checkpoint(tmp_path / "model", **PLAIN)
-    told = json.loads(call(capsys, "plan", tmp_path / "model", "--budget", BUDGET, "--compare", "--json").out)
-    assert told["budget"] == int(BUDGET)
-    assert list(told["arms"]) == ["source", "uniform", "equal parameters", "equal FLOPs", "equal query heads"]
+    told = json.loads(call(capsys, "plan", tmp_path / "model", "--budget", budget, "--compare", "--json").out)
+    assert told["budget"] == int(budget)
+    assert list(told["arms"]) == [
+        "source", "uniform", "differentiated", "equal parameters", "equal FLOPs", "equal query heads",
+    ]  # fmt: skip
+    assert any("--depth" in arm["flags"][-1] for arm in list(told["arms"].values())[1:]) == (budget != BUDGET)
     for arm in list(told["arms"].values())[1:]:
         grown = json.loads(call(capsys, "plan", tmp_path / "model", *arm["flags"], "--json").out)["grown"]
         assert {
@@ -114,3 +117,26 @@ def test_what_is_no_comparison(
 ) -> None:  # fmt: skip
     write_checkpoint(tmp_path / "model", **PLAIN)
     require_refusal(capsys, tmp_path, sentence, "plan", tmp_path / "model", *flags.split())
+
+
+def test_every_axis_at_once_to_the_sizes_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ratio, noise heads, KV groups, widths that are no multiples, depth and an own head: the same function."""
+    source, wanted, grown = tmp_path / "small", tmp_path / "large", tmp_path / "grown"
+    write_checkpoint(source, groups=4, kv_groups=2, layers=3, activation="silu", tied=True)
+    config = write_checkpoint(
+        wanted, groups=8, ratio=4, kv_groups=4, layers=5, activation="silu", hidden=40, ffn=70, tied=False
+    )
+    asked = ("--like", wanted, "--select", "norm", "--insert", "after:0,2")
+    assert call(capsys, "expand", source, grown, *asked, "--quiet").code == 0
+    record = json.loads((grown / "growth.json").read_text())
+    assert record["recipe"] == {
+        "embeddings": "untie", "ffn_to": 70, "hidden_to": 40, "insert": "after:0,2", "kv": 2, "layers": 5, "noise": 2,
+        "select": "norm", "signal": "4:1",
+    }  # fmt: skip
+    # The eps follows the width where new features are zero; a config that says so is reached as well.
+    made = json.loads((grown / "config.json").read_text())
+    assert made == config | {"rms_norm_eps": 1e-6 * 32 / 40}
+    (wanted / "config.json").write_text(json.dumps(made))
+    assert call(capsys, "plan", source, *asked).code == 0
+    assert call(capsys, "diff", source, grown, "--length", "16").code == 0
+    assert call(capsys, "diff", source, grown, "--weights").code == 0

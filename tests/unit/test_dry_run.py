@@ -1,5 +1,6 @@
 """What a run would be and take: sizes of published models, memory against what a small model really keeps."""
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,13 @@ def test_activations_against_what_a_layer_keeps(activation: str) -> None:
     estimate = activation_bytes(config, checkpoint_figures(header_of_config(config)).sizes)
     # It was fitted within 8% to three other sizes; a third is what an estimate of memory may be off by.
     assert estimate == pytest.approx((counted[0] - counted[1]) / ids.numel(), rel=1 / 3)
+
+
+def test_a_growth_to_the_sizes_of_another_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "motif", **CONFIG, "intermediate_size": 96}))
+    growth = [{"at": 5, "expand": {"like": str(tmp_path)}}]
+    before, after = forecast(make_train_recipe(recipe(growth=growth), "r"), 1).legs
+    assert (before.model.sizes.ffn, after.model.sizes.ffn) == (CONFIG["intermediate_size"], 96)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gdagrow.archs.motif import Motif
+from gdagrow.hints import hints_of
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe, read_recipe
 from tests.growths import header
@@ -65,7 +66,7 @@ def test_uniform_growth_of_a_plain_source_stays_plain() -> None:
     layer = 4 * (4 * 2048 * 2048 + 3 * 8192 * 2048) + 4 * 128 + 256 + 4 + 2 * 4096
     assert parameters(plan) == 32 * layer + 219520 * 4096 + 4096
     assert plan.tied_after
-    assert plan.hints == ()
+    assert hints_of(plan) == ()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.header import Header
+from gdagrow.hints import hints_of
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe
 from tests.growths import header, info
@@ -77,14 +78,16 @@ def test_moments_lost(recipe: dict[str, Any], lost: dict[str, str]) -> None:
     reasons: dict[str, set[str]] = {}
     for name, text in named.items():
         reasons.setdefault(text, set()).add(name.removeprefix("model.layers.{layer}."))
-    hints = [hint.removeprefix("optimizer moments cannot be carried exactly for ").split("; ") for hint in plan.hints]
+    hints = [
+        hint.removeprefix("optimizer moments cannot be carried exactly for ").split("; ") for hint in hints_of(plan)
+    ]
     told = {text: set(names.split(", ")) for hint in hints for names, text in (part.split(": ", 1) for part in hint)}
     assert told == reasons
 
 
 def test_noise_is_for_split_weights_only() -> None:
     exact = planned({"hidden": 2, "exact_copies": True})
-    assert exact.hints == ("exact copies see identical gradients and stay identical for ever in training",)
+    assert hints_of(exact) == ("exact copies see identical gradients and stay identical for ever in training",)
     assert not any(tensor.noisy for tensor in exact.tensors)
     plan = planned({"ffn": 2, "signal": "4:1", "hidden": 1}, tie_word_embeddings=True)
     assert {t.name.split(".", 3)[-1] for t in plan.tensors if t.noisy} == {
@@ -115,7 +118,7 @@ def test_hint_of_a_ratio_beyond_the_paper(recipe: dict[str, Any], way_back: str)
     expected = (
         f"the ratio {ratio}:1 is above 5:1, where the paper saw quality decline (3:1 to 4:1 train best){way_back}"
     )
-    assert plan.hints == (expected,)
+    assert hints_of(plan) == (expected,)
     if way_back:
         # What the hint proposes is a growth, and does what the hint says.
         factors = {word.split(" ")[0]: int(word.split(" x")[1].split(" ")[0])

@@ -12,11 +12,15 @@ from gdagrow.archs import architecture_of
 from gdagrow.convert import MADE
 from gdagrow.deeper import MOVED, NEW_BLOCK
 from gdagrow.errors import PlanError
+from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.weight_files import RowFiles
+from gdagrow.hints import hints_of
 from gdagrow.lambda_init import lambda_init
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.reading import open_reader
 from gdagrow.recipe import make_recipe
+from gdagrow.row_files import open_rows
 from gdagrow.views import Origin, View, origin_of, why_float64
 from gdagrow.wider import RESCALED, with_gains
 from tests.checkpoints import write_checkpoint
@@ -53,26 +57,26 @@ def test_what_tensors_of_a_deeper_and_wider_model_are(motif: GrowthPlan) -> None
     gain, eps = sqrt(SHARE), torch.finfo(torch.float64).eps
     expected = {
         "model.embed_tokens.weight": Origin("model.embed_tokens.weight"),
-        "model.norm.weight": Origin("model.norm.weight", factor=gain, is_stored=False),
+        "model.norm.weight": Origin("model.norm.weight", factor=gain),
         ATTENTION(0) + "subln.weight": Origin(ATTENTION(0) + "subln.weight"),
         ATTENTION(1) + "q_proj.weight": Origin(ATTENTION(0) + "q_proj.weight", anew=NEW_BLOCK),
-        ATTENTION(1) + "o_proj.weight": Origin(ATTENTION(0) + "o_proj.weight", anew=NEW_BLOCK, is_stored=False),
+        ATTENTION(1) + "o_proj.weight": Origin(ATTENTION(0) + "o_proj.weight", anew=NEW_BLOCK, is_zero=True),
         LAYER(1) + "input_layernorm.weight": Origin(
-            LAYER(0) + "input_layernorm.weight", factor=gain, anew=NEW_BLOCK, is_stored=False
+            LAYER(0) + "input_layernorm.weight", factor=gain, anew=NEW_BLOCK
         ),
         ATTENTION(1) + "subln.weight": Origin(ATTENTION(0) + "subln.weight", anew=NEW_BLOCK),
         ATTENTION(2) + "subln.weight": Origin(
-            ATTENTION(1) + "subln.weight", factor=moved_by(1, 2), is_stored=False
+            ATTENTION(1) + "subln.weight", factor=moved_by(1, 2)
         ),
-        ATTENTION(4) + "lambda_k2": Origin(ATTENTION(2) + "lambda_k2", anew=MOVED, is_stored=False),
+        ATTENTION(4) + "lambda_k2": Origin(ATTENTION(2) + "lambda_k2", anew=MOVED),
         ATTENTION(4) + "lambda_k1": Origin(ATTENTION(2) + "lambda_k1"),
         LAYER(4) + "mlp.down_proj.weight": Origin(LAYER(2) + "mlp.down_proj.weight"),
     }  # fmt: skip
     for name, origin in expected.items():
         found = origin_of(header, name)
         assert found.factor == pytest.approx(origin.factor, rel=4 * eps), name
-        assert (found.name, found.rows, found.anew, found.is_stored) == (
-            origin.name, origin.rows, origin.anew, origin.is_stored
+        assert (found.name, found.rows, found.anew, found.is_zero) == (
+            origin.name, origin.rows, origin.anew, origin.is_zero
         ), name  # fmt: skip
     # Below the gains there are the deeper layers, which are the first that count if they are asked for.
     name = ATTENTION(2) + "subln.weight"
@@ -84,12 +88,12 @@ def test_what_tensors_of_a_converted_deeper_and_wider_model_are(converted: Growt
     """What the conversion makes has no past, whatever is made of it; what it reorders is still what is stored."""
     header = converted.header
     query = origin_of(header, ATTENTION(4) + "q_proj.weight")
-    assert (query.name, query.factor, query.anew, query.is_stored) == (ATTENTION(2) + "q_proj.weight", 1.0, None, True)
+    assert (query.name, query.factor, query.anew, query.is_zero) == (ATTENTION(2) + "q_proj.weight", 1.0, None, False)
     assert query.rows is not None
     assert sorted(query.rows) == list(range(12 * 6))
     for layer in (0, 2):
         subln = origin_of(header, ATTENTION(layer) + "subln.weight")
-        assert (subln.name, subln.anew, subln.is_stored) == (None, MADE, False)
+        assert (subln.name, subln.anew, subln.is_zero) == (None, MADE, False)
     made, moved = (origin_of(header, ATTENTION(2) + name) for name in ("lambda_q1", "lambda_q2"))
     assert (made.name, made.anew) == (ATTENTION(1) + "lambda_q1", MADE)
     assert (moved.name, moved.anew) == (ATTENTION(1) + "lambda_q2", MOVED)
@@ -117,19 +121,32 @@ def test_nothing_is_float64_that_was_not_if_all_was(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, dtype=torch.float64)
     plan = make_plan(read_header(tmp_path), make_recipe({"depth": 1, "insert": "bottom", "hidden_to": 40}))
     assert not any(why_float64(plan.header, name) for name in plan.header.tensors)
-    assert not any("stored in float64" in hint for hint in plan.hints)
+    assert not any("stored in float64" in hint for hint in hints_of(plan))
+
+
+def octets_of(rows: RowFiles, name: str, begin: int, end: int) -> bytes:
+    found = rows.find(name, begin, end)
+    octets = bytearray(found.num_bytes)
+    rows.read(found, 0, memoryview(octets))
+    return bytes(octets)
 
 
 @pytest.mark.parametrize("kind", ["motif", "converted"])
 def test_rows_of_a_view_are_those_of_the_whole(kind: str, request: pytest.FixtureRequest) -> None:
+    """By the reader that makes tensors, and by the one of bytes, which a certificate has and that knows no torch."""
     plan: GrowthPlan = request.getfixturevalue(kind)
-    with open_reader(plan.header) as reader:
+    with open_reader(plan.header) as reader, open_rows(plan.header) as rows:
         for name, info in plan.header.tensors.items():
             whole = reader.tensor(name)
             assert whole.shape == info.shape
             for step in (1, 7):
                 pieces = [reader.rows(name, at, min(at + step, len(whole))) for at in range(0, len(whole), step)]
                 assert torch.equal(torch.cat(pieces), whole), name
+                found = b"".join(
+                    octets_of(rows, name, at, min(at + step, len(whole))) for at in range(0, len(whole), step)
+                )
+                assert found == bytes(tensor_bytes(whole.contiguous())), name
+            assert octets_of(rows, name, 0, len(whole)) == found
 
 
 SIZES = [(20, 20), (20, 60), (20, 21), (20, 39), (20, 44), (7, 100)]

@@ -22,6 +22,7 @@ from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
 from tests.checkpoints import write_checkpoint
 from tests.command import call
+from tests.diffllama import save_diffllama
 from tests.growths import EPS, grow
 
 Tensors = dict[str, Tensor]
@@ -125,6 +126,16 @@ def test_a_weight_that_is_not_as_it_must_be(
     else:
         assert first
         assert (first.layer, first.part) == part
+
+
+def test_a_new_block_that_sends_something_back(pair: tuple[Path, Path]) -> None:
+    """The least number in what it writes, far below what shows in the loss, and its other gradients are not zero."""
+    edit(pair[1], lambda t: t[NEW + "self_attn.o_proj.weight"][3, 5].fill_(LEAST))
+    found = compare_gradients(*pair, TOKENS)
+    wrong = {tensor.name for tensor in found.tensors if not tensor.agrees}
+    assert not found.equivalent
+    assert NEW + "self_attn.v_proj.weight" in wrong
+    assert all(name.startswith(NEW) and "mlp" not in name and "post" not in name for name in wrong)
 
 
 def next_number(t: Tensors, name: str, at: int) -> None:
@@ -342,6 +353,18 @@ def test_fresh_units_under_polynorm_are_refused(tmp_path: Path) -> None:
     edit_json(tmp_path / "grown" / "config.json", hidden_act="poly_norm")
     assert not compare(tmp_path / "source", tmp_path / "grown", TOKENS).equivalent
     with pytest.raises(CheckpointError, match=r"its lineage has fresh FFN units, over which its activation averages"):
+        check_weights(tmp_path / "source", tmp_path / "grown")
+
+
+def test_a_diffllama_whose_layers_are_said_to_have_moved_is_refused(tmp_path: Path) -> None:
+    """Its sub-norm has no weight that could have been repaired: with the same shapes it would be another function."""
+    save_diffllama(tmp_path / "source", (32, 40, 2, 8, 4, 4, False), dtype=torch.bfloat16)
+    grow(tmp_path / "source", tmp_path / "grown", {"depth": 1, "insert": "top"})
+    assert check_weights(tmp_path / "source", tmp_path / "grown").equivalent
+    edit_lineage(tmp_path / "grown", layers=[0, 0, 1], new_layers=[0])
+    with pytest.raises(
+        CheckpointError, match=r"its lineage has layers that moved, which a sub-norm without a weight can"
+    ):
         check_weights(tmp_path / "source", tmp_path / "grown")
 
 

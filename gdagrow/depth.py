@@ -65,7 +65,7 @@ def place_blocks(num_layers: int, more: int, placement: Placement) -> Layers:
     Args:
         num_layers: Of the source.
         more: How many new blocks.
-        placement: Where. `even` puts block `i` of `more` behind the first `(i + 1) / more` of the layers.
+        placement: Where. `even` puts block `i` of `more` behind the first `(i + 1) / more` of the layers, rounded up.
 
     Raises:
         PlanError: a layer to stand behind is not there, or there are more or fewer of them than blocks.
@@ -88,9 +88,8 @@ def place_blocks(num_layers: int, more: int, placement: Placement) -> Layers:
     elif placement.where == "top":
         behind = [num_layers - 1] * more
     else:
-        behind = [(i + 1) * num_layers // more - 1 for i in range(more)]
-        # With more new blocks than layers the first ones would stand before any layer.
-        behind = [max(0, layer) for layer in behind]
+        # Rounded up: of fewer layers than blocks, each then has as many behind it, or one more.
+        behind = [-(-(i + 1) * num_layers // more) - 1 for i in range(more)]
     source, new = [], set()
     for layer in range(num_layers):
         source.append(layer)

@@ -89,6 +89,30 @@ def growths(draw: st.DrawFn, topology: Mapping[str, Any], exact_copies: bool | N
     return recipe
 
 
+@st.composite
+def compositions(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = STORED_DTYPES
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A topology and a growth of it: widths by factors or to sizes, a choice of heads, and depth."""
+    topology = draw(topologies(dtypes))
+    recipe = draw(growths(topology))
+    layers = topology["layers"]
+    for axis in ("hidden", "ffn"):
+        free = axis == "hidden" or topology["activation"] == "silu"
+        if recipe.get(axis) and free and draw(st.booleans()):
+            del recipe[axis]
+            recipe[f"{axis}_to"] = topology[axis] + draw(st.integers(0, 3 * topology[axis]))
+    if isinstance(recipe.get("signal"), str):
+        recipe["select"] = draw(st.sampled_from([None, "first", "norm"]))
+    where = draw(st.sampled_from(["even", "top", "bottom", "after", None]))
+    if where == "after":
+        behind = draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=3))
+        recipe["insert"] = f"after:{','.join(map(str, behind))}"
+    elif where:
+        recipe |= {"insert": where, "depth": draw(st.integers(1, 4))}
+    return topology, {key: value for key, value in recipe.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Grown:
     """A source and what it grew into, as plain dicts of tensors read by safetensors itself."""

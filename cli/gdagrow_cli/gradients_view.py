@@ -81,5 +81,7 @@ def _moments(worst: GradientDifference, of_row: list[GradientDifference]) -> Tex
     exact = sum(tensor.lost is None for tensor in of_row)
     if exact == len(of_row):
         return Text("exact", "green")
-    # What is made anew has no gradient to be held against.
-    return Text(f"{worst.mirror:.1%} off" if worst.lost else f"exact in {exact} of {len(of_row)}", "yellow")
+    # What is made anew has no gradient to be held against, and so no distance from it.
+    if worst.lost and worst.mirror:
+        return Text(f"{worst.mirror:.1%} off", "yellow")
+    return Text(f"exact in {exact} of {len(of_row)}" if exact else "anew", "yellow")

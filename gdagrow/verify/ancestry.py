@@ -15,7 +15,7 @@ from gdagrow.growth import GrowthMaps
 from gdagrow.heads import HeadGrowth, Heads, axis_maps
 from gdagrow.record import FEATURES, RECORD_FILE, read_record, read_record_file
 
-_WAYS_OUT = "restore the file, or remove it to have the maps inferred from the two configs"
+WAYS_OUT = "restore the file, or remove it to have the maps inferred from the two configs"
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,14 @@ class Ancestry:
     maps: The maps of every axis, layer by layer.
     layers: Which of its layers each of the grown ones is, or is a copy of.
     num_growths: How many growths lie between.
+    repairs: Whether one of them made small tensors anew, for layers that moved or features that are fresh.
     """
 
     before: Sizes
     maps: GrowthMaps
     layers: Layers
     num_growths: int
-
-    @property
-    def repairs(self) -> bool:
-        """Whether small tensors were made anew, for layers that moved or features that are fresh."""
-        return bool(self.layers.moved) or self.maps.common.of("hidden", None).num_fresh > 0
+    repairs: bool
 
 
 class _Widths(NamedTuple):
@@ -118,7 +115,7 @@ def ancestry_from(grown: Path, before: Sizes, after: Sizes, *, untied: bool) -> 
         while records and steps[-1][1] != _Widths.of(before):
             steps.append(_read_step(records.pop(), steps[-1][1]))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {_reason(error)}; {_WAYS_OUT}") from None
+        raise CheckpointError(f"{path}: {_reason(error)}; {WAYS_OUT}") from None
     if steps[-1][1] == _Widths.of(before):
         if untied and len(steps) > 1:
             # The norm may carry parts from when they were tied still, and the head others: only their products sum up.
@@ -130,7 +127,7 @@ def ancestry_from(grown: Path, before: Sizes, after: Sizes, *, untied: bool) -> 
     if _Widths.of(before) == _Widths.of(after):
         return None
     raise CheckpointError(
-        f"{path}: its lineage leads back to {steps[-1][1]}, not to the source with {_Widths.of(before)}; {_WAYS_OUT}"
+        f"{path}: its lineage leads back to {steps[-1][1]}, not to the source with {_Widths.of(before)}; {WAYS_OUT}"
     )
 
 
@@ -201,7 +198,9 @@ def _ancestry(steps: Sequence[tuple[_Step, _Widths]], before: Sizes, after: Size
         for heads in dict.fromkeys(_hashable(of_layer) for of_layer in made.signal)
     }  # fmt: skip
     by_layer = tuple(known[_hashable(of_layer)] for of_layer in made.signal)
-    return Ancestry(before, GrowthMaps(by_layer), made.layers, len(steps))
+    # Of each growth, for a block that was new in one may have moved in the next.
+    repairs = any(step.layers.moved or None in step.hidden for step, _ in steps)
+    return Ancestry(before, GrowthMaps(by_layer), made.layers, len(steps), repairs)
 
 
 def _hashable(heads: list[list[int]]) -> tuple[tuple[int, ...], ...]:
@@ -228,6 +227,8 @@ def _read_step(record: Any, widths: _Widths) -> tuple[_Step, _Widths]:
     else:
         signal = [_signal_heads(lineage["signal_heads"], groups, widths)] * widths.layers
     fresh = lineage.get("fresh", {})
+    if not isinstance(fresh, dict):
+        raise ValueError(f"fresh: expected a number of features by axis, got {type(fresh).__name__}")
     hidden, ffn = (_features(lineage[axis], axis, size, fresh.get(axis, 0))
                    for axis, size in zip(FEATURES, (widths.hidden, widths.ffn), strict=True))  # fmt: skip
     step = _Step(groups, signal, kv, hidden, ffn, _layers(lineage, widths.layers))
@@ -258,11 +259,11 @@ def _layers(lineage: Any, num_layers: int) -> Layers:
     if "layers" not in lineage:
         return Layers.unchanged(num_layers)
     source = _whole_numbers(lineage["layers"], "layers", num_layers)
-    new = _whole_numbers(lineage["new_layers"], "new_layers", len(lineage["new_layers"]))
+    new = frozenset(_whole_numbers(lineage["new_layers"], "new_layers", len(lineage["new_layers"])))
     old = [layer for i, layer in enumerate(source) if i not in new]
-    if not set(new) < set(range(num_layers)) or old != list(range(max(source) + 1)):
+    if len(old) + len(new) != num_layers or old != list(range(len(old))) or max(source) >= len(old):
         raise ValueError("layers: expected every old layer once and in order, beside new ones")
-    return Layers(tuple(source), frozenset(new))
+    return Layers(tuple(source), new)
 
 
 def _num_old(features: _Features) -> int:
@@ -279,6 +280,9 @@ def _require_complete(step: _Step, old: _Widths) -> None:
         if not size or len(counts) != size or len(set(counts.values())) != 1:
             # RMSNorm and PolyNorm average over the axis.
             raise ValueError(f"{axis}: expected as many copies of every old feature")
+        if features.count(None) >= size:
+            # A growth makes as many whole copies as there is room for, and what it makes up for is of that share.
+            raise ValueError(f"{axis}: expected fewer than {size} fresh features, got {features.count(None)}")
 
 
 def _of_length(value: Any, key: str, length: int) -> list[Any]:

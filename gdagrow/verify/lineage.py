@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
-from gdagrow.archs import Sizes, architecture_of
+from gdagrow.archs import Architecture, Sizes, architecture_of
 from gdagrow.axes import IndexMap
 from gdagrow.deeper import deepened
 from gdagrow.depth import Layers
-from gdagrow.errors import CompareError, PlanError
+from gdagrow.errors import CheckpointError, CompareError, PlanError
 from gdagrow.growth import GrowthMaps
 from gdagrow.header import Header
 from gdagrow.heads import MAX_COPIES, Ratio, axis_maps, grow_heads
-from gdagrow.record import RECORD_FILE
-from gdagrow.verify.ancestry import Ancestry, ancestry_from
+from gdagrow.record import FEATURES, RECORD_FILE
+from gdagrow.verify.ancestry import WAYS_OUT, Ancestry, ancestry_from
 from gdagrow.wider import with_gains
 
 
@@ -63,8 +63,27 @@ def lineage_of(source: Header, grown: Header, *, untied: bool = False) -> Lineag
         )
     found = ancestry_from(grown.directory, before, after, untied=untied)
     if found is None:
-        return Lineage(before, inferred_maps(before, after), Layers.unchanged(after.num_layers), 1, "config.json")
-    return Lineage(found.before, found.maps, found.layers, found.num_growths, RECORD_FILE)
+        layers = Layers.unchanged(after.num_layers)
+        return Lineage(before, inferred_maps(before, after), layers, 1, repairs=False, origin="config.json")
+    _require_possible(grown, architectures[0], source, found)
+    return Lineage(**vars(found), origin=RECORD_FILE)
+
+
+def _require_possible(grown: Header, architecture: Architecture, source: Header, found: Ancestry) -> None:
+    """Refuse a lineage that no weights could make a growth which preserves the function."""
+    hidden, ffn = (found.maps.common.of(axis, None).num_fresh for axis in FEATURES)
+    changes = {
+        "layers that moved, which a sub-norm without a weight cannot make up for": (
+            architecture.subln is None and bool(found.layers.moved)
+        ),
+        "fresh features, for which the eps of its norms cannot change": architecture.norm_eps is None and hidden > 0,
+        "fresh FFN units, over which its activation averages": architecture.averages_ffn(source.config) and ffn > 0,
+    }
+    if wrong := [what for what, is_so in changes.items() if is_so]:
+        raise CheckpointError(
+            f"{grown.directory / RECORD_FILE}: its lineage has {', and '.join(wrong)}, so that it is none of a growth "
+            f"that preserves the function; {WAYS_OUT}"
+        )
 
 
 def inferred_maps(before: Sizes, after: Sizes) -> GrowthMaps:

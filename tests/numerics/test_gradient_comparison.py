@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from gdagrow.deeper import MOVED, NEW_BLOCK
 from gdagrow.engine import grow_moment
 from gdagrow.errors import CompareError
 from gdagrow.models.gda import load_model
@@ -17,7 +19,7 @@ from gdagrow.verify.gradients import GradientComparison, compare_gradients
 from gdagrow.verify.mirror import UNEQUAL_PARTS
 from gdagrow.verify.tokens import random_tokens
 from tests.checkpoints import write_checkpoint
-from tests.growths import EPS, RANDOM, grow, growths, topologies
+from tests.growths import EPS, RANDOM, Grown, compositions, grow, growths, topologies
 
 TOKENS = random_tokens(61, seqs=2, length=12, seed=0)
 
@@ -40,14 +42,53 @@ def test_every_right_growth_holds_and_loses_what_its_plan_says(
     topology, recipe = case
     directory = tmp_path_factory.mktemp("pair")
     write_checkpoint(directory / "source", **topology)
-    plan = grow(directory / "source", directory / "grown", recipe).plan
-    tokens = random_tokens(topology["vocab"], seqs=2, length=6, seed=3)
-    found = compare_gradients(directory / "source", directory / "grown", tokens)
-    assert {tensor.name for tensor in found.tensors} == {tensor.name for tensor in plan.tensors}
-    assert {t.name: t.chain / t.tolerance for t in found.tensors if not t.agrees} == {}
+    require_what_is_planned(grow(directory / "source", directory / "grown", recipe))
+
+
+def require_what_is_planned(grown: Grown) -> GradientComparison:
+    tokens = random_tokens(grown.plan.before.vocab, seqs=2, length=6, seed=3)
+    found = compare_gradients(grown.source, grown.target, tokens)
+    assert {tensor.name for tensor in found.tensors} == {tensor.name for tensor in grown.plan.tensors}
+    assert {t.name: (t.chain, t.tolerance) for t in found.tensors if not t.agrees} == {}
     assert found.equivalent
-    planned = {tensor.name: tensor.moments_lost for tensor in plan.tensors if tensor.moments_lost}
+    planned = {tensor.name: tensor.moments_lost for tensor in grown.plan.tensors if tensor.moments_lost}
     assert {name: reason for name, reason in lost(found).items() if reason != UNEQUAL_PARTS} == planned
+    return found
+
+
+def is_silent(name: str) -> bool:
+    """Whether a tensor of a new block has no gradient, as all that it makes goes through one that is zero."""
+    return not name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias"))
+
+
+@settings(RANDOM, max_examples=25)
+@given(compositions(dtypes=(torch.float64, torch.bfloat16)))
+def test_every_composition_holds_and_loses_what_its_plan_says(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    """With depth and fresh features too; and silent tensors of new blocks have no gradient at all, not a small one."""
+    topology, recipe = case
+    directory = tmp_path_factory.mktemp("pair")
+    write_checkpoint(directory / "source", **topology)
+    grown = grow(directory / "source", directory / "grown", recipe)
+    found = {tensor.name: tensor for tensor in require_what_is_planned(grown).tensors}
+    gradients = gradients_of(grown.target, random_tokens(topology["vocab"], seqs=2, length=6, seed=3))
+    for layer in grown.plan.layers.new:
+        of_layer = [name for name in gradients if name.startswith(f"model.layers.{layer}.")]
+        for name in of_layer:
+            assert (float(gradients[name].abs().max()) == 0) is is_silent(name), name
+            assert found[name].lost == NEW_BLOCK
+            if is_silent(name):
+                assert (found[name].chain, found[name].tolerance) == (0, 0)
+
+
+def gradients_of(directory: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """Of the whole model in memory, by torch."""
+    model = load_model(directory, dtype=torch.float64)
+    loss = model(tokens, tokens).loss
+    assert loss is not None
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture
@@ -66,6 +107,24 @@ def test_moments_of_exact_copies_by_powers_of_two_can_all_be_carried(source: Pat
     assert found.equivalent
     assert lost(found) == {}
     assert max(tensor.mirror / tensor.tolerance for tensor in found.tensors) < 0.5
+
+
+@pytest.mark.parametrize("recipe", [{"depth": 2, "insert": "bottom"}, {"hidden_to": 30}, {"ffn_to": 60},
+                                    {"depth": 1, "hidden_to": 56, "ffn_to": 110, "signal": 2}], ids=str)  # fmt: skip
+def test_what_moved_or_stands_beside_fresh_features_can_be_carried(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """But for new blocks, and the two vectors that take up a change of lambda_init: all by the mirror rule."""
+    write_checkpoint(tmp_path / "source", dtype=torch.float32, activation="silu", hidden=12, scale=0.6, extra=EPS)
+    grown = grow(tmp_path / "source", tmp_path / "grown", recipe | {"exact_copies": True})
+    found = compare_gradients(tmp_path / "source", tmp_path / "grown", TOKENS)
+    assert found.equivalent
+    layers = grown.plan.layers
+    assert lost(found) == {
+        name: NEW_BLOCK if layer in layers.new else MOVED
+        for name in grown.after
+        if ".layers." in name and (layer := int(name.split(".")[2])) in layers.new | layers.moved
+        and (layer in layers.new or name.endswith(("lambda_q2", "lambda_k2")))
+    }  # fmt: skip
+    assert max(t.mirror / t.tolerance for t in found.tensors if not t.lost) < 0.5
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 1e-3, 2**-6), (torch.float32, 1e-8, 1e-6)])
@@ -99,13 +158,7 @@ def test_noise_is_told_by_its_size(source: Path) -> None:
 def test_the_mirror_figure_is_the_distance_from_the_moment_that_would_be_carried(source: Path) -> None:
     grown = grow(source, source.parent / "grown", {"ffn": 2, "snr_db": 20.0})
     found = {tensor.name: tensor for tensor in compare_gradients(source, source.parent / "grown", TOKENS).tensors}
-    gradients = []
-    for directory in (source, source.parent / "grown"):
-        model = load_model(directory, dtype=torch.float64)
-        loss = model(TOKENS, TOKENS).loss
-        assert loss is not None
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    gradients = [gradients_of(directory, TOKENS) for directory in (source, source.parent / "grown")]
     for tensor in grown.plan.tensors:
         expected = grow_moment(tensor.growth, gradients[0][tensor.source.name], 1)
         mirror = float((gradients[1][tensor.name] - expected).abs().max() / expected.abs().max())

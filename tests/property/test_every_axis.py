@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import event, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,34 +18,12 @@ from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
 from gdagrow.views import Derived, Seen
 from tests.checkpoints import write_checkpoint
-from tests.growths import EPS, RANDOM, Grown, grow, growths, topologies
+from tests.growths import EPS, RANDOM, Grown, compositions, grow
 from tests.reference import reference_logits
 
 # Rounding in float64 (2.2e-16) over a few hundred dependent operations in up to seven layers, amplified by norms of
 # small activations: 45000 times eps.
 TOLERANCE = 1e-11
-
-
-@st.composite
-def compositions(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A topology and a growth of it: widths by factors or to sizes, a choice of heads, and depth."""
-    topology = draw(topologies())
-    recipe = draw(growths(topology))
-    layers = topology["layers"]
-    for axis in ("hidden", "ffn"):
-        free = axis == "hidden" or topology["activation"] == "silu"
-        if recipe.get(axis) and free and draw(st.booleans()):
-            del recipe[axis]
-            recipe[f"{axis}_to"] = topology[axis] + draw(st.integers(0, 3 * topology[axis]))
-    if isinstance(recipe.get("signal"), str):
-        recipe["select"] = draw(st.sampled_from([None, "first", "norm"]))
-    where = draw(st.sampled_from(["even", "top", "bottom", "after", None]))
-    if where == "after":
-        behind = draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=3))
-        recipe["insert"] = f"after:{','.join(map(str, behind))}"
-    elif where:
-        recipe |= {"insert": where, "depth": draw(st.integers(1, 4))}
-    return topology, {key: value for key, value in recipe.items() if value is not None}
 
 
 def agree(got: Tensor, expected: Tensor) -> bool:
@@ -87,7 +64,7 @@ def test_any_composition_preserves_the_function(case: tuple[dict[str, Any], dict
 
 @settings(RANDOM, max_examples=25)
 @given(compositions())
-def test_layer_by_layer_and_by_gradients(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_layer_by_layer(case: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Every part of every old layer is the source's, new blocks add nothing, and all residual streams agree."""
     topology, recipe = case
     with TemporaryDirectory() as directory:

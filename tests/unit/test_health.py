@@ -80,7 +80,7 @@ def test_copies_are_those_that_stats_finds_on_disk(tmp_path: Path, recipe: dict[
 def test_a_sample_of_a_large_matrix_is_spread_over_it() -> None:
     before = Sizes(Heads(1, 1, 1), 2, 700, 1000, 10, 1)
     maps = GrowthMaps((AxisMaps({"ffn": IndexMap.tile(1000, 2), "hidden": IndexMap.identity(700)}),) * 5)
-    ancestry = Ancestry(before, maps, Layers.unchanged(5), 1)
+    ancestry = Ancestry(before, maps, Layers.unchanged(5), 1, repairs=False)
     meter = CopyMeter({"up": Parameter("up", "ffn <- hidden", "mlp")}, ancestry)
     one, apart = torch.randn(2, 1000, 700, generator=torch.Generator().manual_seed(0))
     (found,) = meter.measure("up", 4, torch.cat([one, one + 0.1 * apart]))

@@ -8,11 +8,11 @@ from gdagrow.checkpoint import read_checkpoint
 from gdagrow.dcp import DcpHeader
 from gdagrow.errors import RecipeError
 from gdagrow.hints import hints_of
-from gdagrow.like import with_derived_sizes
-from gdagrow.moments import OPTIMIZER_FILE, Moments, Schedule, require_optimizer
 from gdagrow.output import Output, weights_output
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import Recipe
+from gdagrow.states.moments import OPTIMIZER_FILE, Moments, Schedule, require_optimizer
+from gdagrow.targets.like import with_derived_sizes
 
 if TYPE_CHECKING:  # torch is only needed to carry a growth out, and takes longer to import than most plans to make
     from gdagrow.expand import Expansion, Progress
@@ -57,7 +57,7 @@ def prepare_growth(
     if isinstance(header, DcpHeader):
         if recipe.to is not None:
             raise RecipeError(f"to {recipe.to}: {source} is a distributed checkpoint; convert it to safetensors first")
-        from gdagrow.dcp_checkpoint import dcp_output
+        from gdagrow.states.dcp_checkpoint import dcp_output
 
         plan = make_plan(header, recipe)
         output = dcp_output(plan, moments=policy, schedule=course, max_file_bytes=max_shard_bytes)
@@ -65,7 +65,7 @@ def prepare_growth(
         plan = make_plan(header, recipe)
         output = weights_output(plan, max_shard_bytes)
         if (source / OPTIMIZER_FILE).exists():
-            from gdagrow.trainer_checkpoint import trainer_output
+            from gdagrow.states.trainer_checkpoint import trainer_output
 
             output = trainer_output(plan, output, moments=policy, schedule=course)
         else:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from gdagrow.deeper import NEW_BLOCK
 from gdagrow.heads import LARGEST_SUPPORTED_RATIO
 from gdagrow.plan import GrowthPlan
 from gdagrow.views import why_float64
+from gdagrow.views.deeper import NEW_BLOCK
 
 
 def hints_of(plan: GrowthPlan) -> tuple[str, ...]:

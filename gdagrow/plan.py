@@ -17,8 +17,6 @@ from gdagrow.asked import (
     rope_theta,
 )
 from gdagrow.axes import IndexMap
-from gdagrow.convert import as_motif
-from gdagrow.deeper import deepened
 from gdagrow.depth import Layers
 from gdagrow.errors import PlanError
 from gdagrow.growth import GrowthMaps, TensorGrowth
@@ -28,7 +26,9 @@ from gdagrow.recipe import WIDTH_AXES, Recipe
 from gdagrow.rows import claim, grown_rows, why_moments_are_lost
 from gdagrow.selection import grown_heads_by_layer
 from gdagrow.views import origin_of
-from gdagrow.wider import with_gains
+from gdagrow.views.convert import as_motif
+from gdagrow.views.deeper import deepened
+from gdagrow.views.wider import with_gains
 
 
 @dataclass(frozen=True)

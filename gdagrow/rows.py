@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gdagrow.archs import Architecture, Parameter, Sizes
+from gdagrow.archs import Architecture, Parameter, Sizes, in_model_order
 from gdagrow.axes import parse
 from gdagrow.errors import CheckpointError
 from gdagrow.growth import GrowthMaps, TensorGrowth
@@ -48,14 +48,6 @@ def _is_stored(parameter: Parameter, header: Header) -> bool:
         return parameter.name in header.tensors
     prefix, suffix = parameter.name.split("{layer}")
     return any(name.startswith(prefix) and name.endswith(suffix) for name in header.tensors)
-
-
-def in_model_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[Parameter, int]]:
-    """Each row with its layer, in the order of the model's `named_parameters()`: the layered rows layer by layer."""
-    first = next(i for i, p in enumerate(table) if p.is_layered)
-    yield from ((p, 0) for p in table[:first] if not p.is_layered)
-    yield from ((p, layer) for layer in range(num_layers) for p in table if p.is_layered)
-    yield from ((p, 0) for p in table[first:] if not p.is_layered)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from gdagrow.engine import grow_moment
 from gdagrow.growth import TensorGrowth
 from gdagrow.models.gda import GdaModel, load_model, save_model
-from gdagrow.moments import POWERS
 from gdagrow.plan import GrowthPlan
+from gdagrow.states.moments import POWERS
 from tests.checkpoints import write_checkpoint
 from tests.growths import EPS, grow
 

@@ -8,10 +8,10 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from gdagrow.budget import Arm, Comparison, compare_arms, parse_budget
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import CONTEXT_LENGTH, TRAINING_BYTES, ModelFigures
 from gdagrow.errors import RecipeError
+from gdagrow.targets.budget import Arm, Comparison, compare_arms, parse_budget
 from gdagrow.units import bytes_text, count_text
 from gdagrow_cli.console import print_json, print_unbroken, stdout_console
 from gdagrow_cli.figures_view import HEADING

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from gdagrow.deeper import NEW_BLOCK
 from gdagrow.verify.gradients import GradientComparison, compare_gradients
 from gdagrow.verify.mirror import GradientDifference
+from gdagrow.views.deeper import NEW_BLOCK
 from gdagrow_cli.console import print_json, stdout_console
 from gdagrow_cli.plan_view import print_section
 from gdagrow_cli.running import require_device, status

@@ -13,9 +13,9 @@ from gdagrow.formats.publish import Companions, SkippedFile, list_companions
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.growing import Growing
 from gdagrow.heads import HeadGrowth
-from gdagrow.moments import Moments
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE, lineage
+from gdagrow.states.moments import Moments
 from gdagrow.units import bytes_text
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
 from gdagrow_cli.figures_view import HEADING, figures_table

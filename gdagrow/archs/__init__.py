@@ -1,6 +1,6 @@
 """Architectures: each is a table of parameters over named axes, its axis sizes from a config, and its grown config."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,6 +99,14 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             "(docs/add-an-architecture.md says what a new one takes)"
         )
     return found
+
+
+def in_model_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[Parameter, int]]:
+    """Each row with its layer, in the order of the model's `named_parameters()`: the layered rows layer by layer."""
+    first = next(i for i, p in enumerate(table) if p.is_layered)
+    yield from ((p, 0) for p in table[:first] if not p.is_layered)
+    yield from ((p, layer) for layer in range(num_layers) for p in table if p.is_layered)
+    yield from ((p, 0) for p in table[first:] if not p.is_layered)
 
 
 def whole_number(config: Mapping[str, Any], key: str, problems: list[str], default: int | None = None) -> int:

@@ -8,8 +8,8 @@ from gdagrow.archs import Sizes
 from gdagrow.costs import ModelFigures, checkpoint_figures
 from gdagrow.errors import TrainError
 from gdagrow.header import Header
-from gdagrow.like import with_derived_sizes
 from gdagrow.plan import GrowthPlan, make_plan
+from gdagrow.targets.like import with_derived_sizes
 from gdagrow.train.configs import header_of, header_of_config
 from gdagrow.train.recipe import MidRunGrowth, TrainRecipe
 

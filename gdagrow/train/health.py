@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gdagrow.archs import Parameter, architecture_of
-from gdagrow.convert import INDEX_SHIFT
 from gdagrow.coordinates import coordinates
 from gdagrow.lambda_init import lambda_init
 from gdagrow.train.copies import SAMPLED_WEIGHTS, CopyFigures, CopyMeter, spread
 from gdagrow.train.parameters import full, row_of
 from gdagrow.verify.ancestry import whole_ancestry
+from gdagrow.views.convert import INDEX_SHIFT
 
 # Losses that make up the running mean: as many as give its spread to a tenth.
 LOSS_WINDOW: Final = 50

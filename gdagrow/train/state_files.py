@@ -11,7 +11,6 @@ import torch
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import checkpoint_figures
 from gdagrow.dcp import DcpHeader
-from gdagrow.dcp_checkpoint import read_trees
 from gdagrow.dcp_tensors import DcpTensors
 from gdagrow.errors import CheckpointError
 from gdagrow.export import export
@@ -21,8 +20,9 @@ from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
 from gdagrow.formats.publish import copy_companions
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
-from gdagrow.optimizer_file import read_optimizer
 from gdagrow.record import RECORD_FILE
+from gdagrow.states.dcp_checkpoint import read_trees
+from gdagrow.states.optimizer_file import read_optimizer
 from gdagrow.train.configs import is_sharded
 from gdagrow.train.recipe import TrainRecipe
 

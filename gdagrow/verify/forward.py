@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from gdagrow.archs import architecture_of
-from gdagrow.convert import INDEX_SHIFT, as_motif
 from gdagrow.header import Header
 from gdagrow.lambda_init import lambda_init
 from gdagrow.models.config import GdaConfig
@@ -16,6 +15,7 @@ from gdagrow.models.layers import PROJECTIONS, GdaAttention, GdaMlp, LayerCache,
 from gdagrow.reading import open_reader
 from gdagrow.rows import claim
 from gdagrow.views import View
+from gdagrow.views.convert import INDEX_SHIFT, as_motif
 
 # Elements of a head's weight to read at a time.
 HEAD_ELEMENTS = 2**24

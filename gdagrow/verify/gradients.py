@@ -11,7 +11,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from gdagrow.convert import as_motif
 from gdagrow.depth import Layers
 from gdagrow.errors import CompareError
 from gdagrow.verify.backward import BackwardPass, Gradients
@@ -22,6 +21,7 @@ from gdagrow.verify.mirror import GradientDifference, GradientMeter
 from gdagrow.verify.pair import read_pair
 from gdagrow.verify.rounding import Budget, Disturbance
 from gdagrow.views import View
+from gdagrow.views.convert import as_motif
 
 Progress = Callable[[str], None]
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from gdagrow.archs import Architecture, Sizes, architecture_of
 from gdagrow.axes import IndexMap
-from gdagrow.deeper import deepened
 from gdagrow.depth import Layers
 from gdagrow.errors import CheckpointError, CompareError, PlanError
 from gdagrow.growth import GrowthMaps
@@ -12,7 +11,8 @@ from gdagrow.header import Header
 from gdagrow.heads import MAX_COPIES, Ratio, axis_maps, grow_heads
 from gdagrow.record import FEATURES, RECORD_FILE
 from gdagrow.verify.ancestry import WAYS_OUT, Ancestry, ancestry_from
-from gdagrow.wider import with_gains
+from gdagrow.views.deeper import deepened
+from gdagrow.views.wider import with_gains
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from gdagrow.archs import architecture_of
 from gdagrow.axes import IndexMap
-from gdagrow.convert import MADE
-from gdagrow.deeper import NEW_BLOCK, writes_the_stream
 from gdagrow.engine import grow_moment, old_indices
 from gdagrow.errors import CompareError
 from gdagrow.growth import TensorGrowth
@@ -22,6 +20,8 @@ from gdagrow.verify.lineage import Lineage
 from gdagrow.verify.pair import HeaderPair
 from gdagrow.verify.rounding import Budget
 from gdagrow.views import origin_of
+from gdagrow.views.convert import MADE
+from gdagrow.views.deeper import NEW_BLOCK, writes_the_stream
 
 # Columns of a gradient that are held against each other at a time.
 _SLAB_COLUMNS: Final = 128

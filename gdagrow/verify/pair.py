@@ -4,9 +4,9 @@ from pathlib import Path
 
 from gdagrow.archs import architecture_of
 from gdagrow.checkpoint import read_checkpoint
-from gdagrow.convert import as_motif
 from gdagrow.header import Header
 from gdagrow.rows import claim
+from gdagrow.views.convert import as_motif
 
 HeaderPair = tuple[Header, Header]
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 import transformers
 
-from gdagrow.archs import architecture_of
-from gdagrow.rows import in_model_order
+from gdagrow.archs import architecture_of, in_model_order
 
 BASE: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 12,

@@ -13,10 +13,9 @@ PACKAGE = Path(__file__).parents[2] / "gdagrow"
 # From the ground up. A package counts as one; its own modules may import one another.
 ORDER = (
     "errors", "header", "axes", "coordinates", "heads", "depth", "growth", "split", "fresh", "engine", "recipe",
-    "archs", "views", "rows", "formats", "targets", "like", "dcp", "dcp_tensors", "checkpoint", "lambda_init",
-    "deeper", "wider", "convert", "reading", "row_files", "selection", "asked", "plan", "hints", "record", "units",
-    "layout", "costs", "budget", "output", "streaming", "moments", "optimizer_file", "trainer_checkpoint",
-    "dcp_checkpoint", "expand", "growing", "format_conversion", "models", "export", "verify", "report", "train",
+    "archs", "lambda_init", "views", "rows", "formats", "dcp", "dcp_tensors", "checkpoint", "reading", "row_files",
+    "selection", "asked", "plan", "hints", "record", "units", "layout", "costs", "targets", "output", "streaming",
+    "states", "expand", "growing", "format_conversion", "models", "export", "verify", "report", "train",
 )  # fmt: skip
 # Stricter than the order: these stand beside the growth of tensors and know nothing of it.
 ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats", "lambda_init"},

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdagrow.archs import architecture_of
+from gdagrow.archs import architecture_of, in_model_order
 from gdagrow.models.gda import GdaConfig, GdaModel
 from gdagrow.models.layers import PROJECTIONS
-from gdagrow.rows import in_model_order
 from tests.growths import RANDOM
 
 BASE: dict[str, Any] = {

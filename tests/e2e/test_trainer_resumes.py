@@ -15,8 +15,8 @@ import gdagrow.models.hf  # noqa: F401  (registers the Motif classes)
 from gdagrow.engine import grow_moment
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.growing import grow_checkpoint, prepare_growth
-from gdagrow.optimizer_file import read_optimizer
 from gdagrow.recipe import make_recipe
+from gdagrow.states.optimizer_file import read_optimizer
 from tests.checkpoints import write_checkpoint
 from tests.command import call
 

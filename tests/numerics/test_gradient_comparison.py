@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gdagrow.deeper import MOVED, NEW_BLOCK
 from gdagrow.engine import grow_moment
 from gdagrow.errors import CompareError
 from gdagrow.models.gda import load_model
 from gdagrow.verify.gradients import GradientComparison, compare_gradients
 from gdagrow.verify.mirror import UNEQUAL_PARTS
 from gdagrow.verify.tokens import random_tokens
+from gdagrow.views.deeper import MOVED, NEW_BLOCK
 from tests.checkpoints import write_checkpoint
 from tests.growths import EPS, RANDOM, Grown, compositions, grow, growths, topologies
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.growing import grow_checkpoint, prepare_growth
 from gdagrow.models.gda import load_model
-from gdagrow.optimizer_file import read_optimizer
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.recipe import make_recipe
+from gdagrow.states.optimizer_file import read_optimizer
 from tests.checkpoints import write_checkpoint
 from tests.growths import RANDOM
 from tests.property.test_every_axis import compositions

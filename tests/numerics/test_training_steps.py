@@ -41,9 +41,9 @@ from torch import Tensor
 from torch.optim import SGD
 
 from gdagrow.engine import grow_moment
-from gdagrow.moments import POWERS
 from gdagrow.plan import TensorPlan
 from gdagrow.record import read_record
+from gdagrow.states.moments import POWERS
 from gdagrow.train.rates import multipliers_of, scaled_rates
 from tests.growths import RANDOM, growths, topologies
 from tests.trained_pairs import (

@@ -11,7 +11,7 @@ from hypothesis import event, given, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import gdagrow.deeper
+import gdagrow.views.deeper
 from gdagrow.models.gda import load_model
 from gdagrow.verify.logits import compare
 from gdagrow.verify.tokens import random_tokens
@@ -89,7 +89,7 @@ def without_repair(monkeypatch: pytest.MonkeyPatch) -> None:
                                        for v in ("q2", "k2"))]  # fmt: skip
         return {name.format(layer=new): Seen(name.format(layer=old)) for name in names}
 
-    monkeypatch.setattr(gdagrow.deeper, "_moved_layer", copied)
+    monkeypatch.setattr(gdagrow.views.deeper, "_moved_layer", copied)
 
 
 def apart(grown: Grown) -> float:

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 
 from gdagrow.archs import Parameter, architecture_of
-from gdagrow.budget import Arm, compare_arms, parse_budget
 from gdagrow.costs import checkpoint_figures, sized_figures
 from gdagrow.errors import PlanError, RecipeError
 from gdagrow.plan import make_plan
 from gdagrow.recipe import make_recipe
 from gdagrow.rows import claim
 from gdagrow.targets import TARGETS
+from gdagrow.targets.budget import Arm, compare_arms, parse_budget
 from gdagrow.train.configs import header_of_config
 from tests.growths import RANDOM, header, topologies
 from tests.unit.test_like import DIFFLLAMA, SMALL, config_of

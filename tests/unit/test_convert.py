@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
 from gdagrow.axes import IndexMap, parse
-from gdagrow.convert import as_motif
 from gdagrow.coordinates import reordering
 from gdagrow.errors import CheckpointError
 from gdagrow.expand import expand
@@ -29,6 +28,7 @@ from gdagrow.rows import claim
 from gdagrow.verify.places import head_at
 from gdagrow.verify.weights import check_weights
 from gdagrow.views import origin_of
+from gdagrow.views.convert import as_motif
 from tests.checkpoints import write_checkpoint
 from tests.diffllama import as_motif as by_hand
 from tests.diffllama import interleave_halves, load_diffllama, save_diffllama

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdagrow.errors import CheckpointError, GdagrowError, PlanError, RecipeError
-from gdagrow.like import recipe_like
 from gdagrow.plan import make_plan
 from gdagrow.recipe import Recipe, make_recipe
 from gdagrow.targets import TARGETS, read_target
+from gdagrow.targets.like import recipe_like
 from tests.growths import RANDOM, growths, header, topologies
 
 # 4 groups of 2:1 on 2 KV groups.

@@ -12,8 +12,8 @@ from gdagrow.engine import grow_moment
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.growing import grow_checkpoint, prepare_growth
 from gdagrow.models.gda import load_model
-from gdagrow.optimizer_file import read_optimizer
 from gdagrow.recipe import make_recipe
+from gdagrow.states.optimizer_file import read_optimizer
 from tests.checkpoints import write_checkpoint
 
 GROWTH = make_recipe({"signal": 2, "hidden": 3, "ffn": 2, "noise": 2, "kv": 2, "exact_copies": True})

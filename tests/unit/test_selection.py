@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from gdagrow import reading, selection
 from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
-from gdagrow.convert import as_motif
 from gdagrow.dcp import read_dcp
 from gdagrow.errors import CheckpointError, PlanError, RecipeError
 from gdagrow.formats.safetensors_header import read_header
@@ -21,6 +20,7 @@ from gdagrow.heads import HeadCopies
 from gdagrow.lambda_init import moved_norm
 from gdagrow.recipe import make_recipe
 from gdagrow.selection import choose, grown_heads_by_layer, head_norms
+from gdagrow.views.convert import as_motif
 from tests.checkpoints import write_checkpoint, write_distributed_state
 from tests.diffllama import save_diffllama
 from tests.growths import header as header_alone

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from gdagrow.archs import architecture_of
-from gdagrow.convert import MADE
-from gdagrow.deeper import MOVED, NEW_BLOCK
 from gdagrow.errors import PlanError
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_header import read_header
@@ -22,7 +20,9 @@ from gdagrow.reading import open_reader
 from gdagrow.recipe import make_recipe
 from gdagrow.row_files import open_rows
 from gdagrow.views import Origin, View, origin_of, why_float64
-from gdagrow.wider import RESCALED, with_gains
+from gdagrow.views.convert import MADE
+from gdagrow.views.deeper import MOVED, NEW_BLOCK
+from gdagrow.views.wider import RESCALED, with_gains
 from tests.checkpoints import write_checkpoint
 from tests.diffllama import save_diffllama
 

@@ -21,7 +21,9 @@ from gdagrow.formats.torch_file import (
     read_torch_file,
 )
 from gdagrow.header import TensorInfo
-from gdagrow.moments import (
+from gdagrow.output import GrownTensor, Output
+from gdagrow.plan import GrowthPlan
+from gdagrow.states.moments import (
     OPTIMIZER_FILE,
     POWERS,
     SCHEDULER_FILE,
@@ -31,9 +33,7 @@ from gdagrow.moments import (
     moments_record,
     plan_moments,
 )
-from gdagrow.optimizer_file import OptimizerState, read_optimizer
-from gdagrow.output import GrownTensor, Output
-from gdagrow.plan import GrowthPlan
+from gdagrow.states.optimizer_file import OptimizerState, read_optimizer
 
 STATE_FILE: Final = "trainer_state.json"
 _CARRIED: Final = re.compile(r"scheduler\.pt|scaler\.pt|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth")

@@ -19,7 +19,6 @@ from operator import attrgetter
 from typing import Any, Final
 
 from gdagrow.archs import Parameter, Sizes, architecture_of
-from gdagrow.convert import as_motif
 from gdagrow.costs import ModelFigures, sized_figures
 from gdagrow.errors import PlanError, RecipeError
 from gdagrow.header import Header
@@ -27,6 +26,7 @@ from gdagrow.heads import LARGEST_SUPPORTED_RATIO, Heads
 from gdagrow.recipe import WIDTH_AXES, Recipe, make_recipe
 from gdagrow.rows import claim
 from gdagrow.units import count_text
+from gdagrow.views.convert import as_motif
 
 LARGEST_FACTOR: Final = 8
 LARGEST_SKEW: Final = 2
@@ -95,7 +95,7 @@ def compare_arms(header: Header, budget: int) -> Comparison:
     """Find the growths of a checkpoint to compare at a budget of parameters.
 
     Args:
-        header: The source. A layout that has one ratio alone is seen in Motif's (`gdagrow.convert`).
+        header: The source. A layout that has one ratio alone is seen in Motif's (`gdagrow.views.convert`).
         budget: Parameters.
 
     Raises:

@@ -9,10 +9,9 @@ round them.
 from math import sqrt
 from typing import Final
 
-from gdagrow.archs import Architecture
+from gdagrow.archs import Architecture, in_model_order
 from gdagrow.errors import PlanError
 from gdagrow.header import Header
-from gdagrow.rows import in_model_order
 from gdagrow.views import Derived, Made, Seen, view
 
 RESCALED: Final = "it makes up for the features that the norm averages over besides"

@@ -19,7 +19,10 @@ from gdagrow.formats.file_layout import TargetTensor
 from gdagrow.formats.kind import SHARDED_OPTIMIZER, SHARDED_WEIGHTS
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header, TensorInfo
-from gdagrow.moments import (
+from gdagrow.output import WEIGHTS, GrownTensor, Output, grown_weights
+from gdagrow.plan import GrowthPlan
+from gdagrow.rows import GROWABLE_DTYPES
+from gdagrow.states.moments import (
     POWERS,
     Moments,
     ParameterMoments,
@@ -28,10 +31,7 @@ from gdagrow.moments import (
     plan_moments,
     require_optimizer,
 )
-from gdagrow.output import WEIGHTS, GrownTensor, Output, grown_weights
-from gdagrow.plan import GrowthPlan
-from gdagrow.rows import GROWABLE_DTYPES
-from gdagrow.trainer_checkpoint import files_of_state
+from gdagrow.states.trainer_checkpoint import files_of_state
 
 STEP: Final = "step"
 _STATE: Final = "state"

@@ -11,17 +11,16 @@ from functools import cache
 from math import inf
 from typing import Any, Final
 
-from gdagrow.archs import Parameter, Sizes
+from gdagrow.archs import Parameter, Sizes, in_model_order
 from gdagrow.archs.diffllama import DiffLlama
 from gdagrow.archs.motif import Motif
 from gdagrow.axes import IndexMap, parse, size_of
 from gdagrow.coordinates import reordering
-from gdagrow.deeper import moved_lambdas
 from gdagrow.errors import CheckpointError
 from gdagrow.header import Header
 from gdagrow.lambda_init import moved_norm
-from gdagrow.rows import in_model_order
 from gdagrow.views import Derived, Made, Seen, view
+from gdagrow.views.deeper import moved_lambdas
 
 # DiffLlama's layer `i` has the lambda_init of Motif's layer `i + INDEX_SHIFT`.
 INDEX_SHIFT: Final = 1

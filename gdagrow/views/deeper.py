@@ -8,12 +8,11 @@ These repairs are float64 whatever the checkpoint's dtype is: a shorter one woul
 from collections.abc import Callable
 from typing import Final
 
-from gdagrow.archs import Architecture, Parameter
+from gdagrow.archs import Architecture, Parameter, in_model_order
 from gdagrow.depth import Layers
 from gdagrow.errors import PlanError
 from gdagrow.header import Header
 from gdagrow.lambda_init import moved, moved_norm, vectors_that_move
-from gdagrow.rows import in_model_order
 from gdagrow.views import Derived, Made, Seen, Zeros, view
 
 NEW_BLOCK: Final = "its block is new"

@@ -16,8 +16,8 @@ from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.torch_file import read_torch_file
 from gdagrow.header import Header, TensorInfo
-from gdagrow.moments import OPTIMIZER_FILE, POWERS
 from gdagrow.rows import GROWABLE_DTYPES, claim
+from gdagrow.states.moments import OPTIMIZER_FILE, POWERS
 
 # How engines deal parameters out to groups: the group of a parameter from its name and its number of dimensions, None
 # for one that the optimizer does not have. The first is transformers' own, from names alone.

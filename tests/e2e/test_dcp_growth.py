@@ -118,7 +118,7 @@ def test_reset_writes_zeros_for_the_ranks_to_load(grown: Path) -> None:
         (("--signal-x2", "--schedule", "restart"), "exclude_from_loading"),
         (("--signal-x2",), "has no config.json; give the model's with --config"),
         (("--signal-x2", "--to", "motif"), "convert it to safetensors first"),
-        (("--hidden-x2", "--untie"), "the head would be new to the optimizer"),
+        (("--hidden-x2", "--untie"), "the first lm_head.weight, would be new to the optimizer"),
     ],
 )
 def test_what_is_refused(

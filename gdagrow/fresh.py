@@ -69,7 +69,6 @@ def fill_rows(growth: TensorGrowth, grown: Tensor, *, first_row: int, name: str,
     if growth.fills[0] is Fill.zero:
         grown.zero_()
         return
+    # What writes a free row of the FFN reads the residual stream, all of whose readers are free.
+    assert growth.fills[-1] is Fill.free, f"{name} has columns that must be zero in rows that are free"
     fresh.draw(growth, grown, slice(0, growth.columns.size), first_row, name)
-    if growth.fills[-1] is Fill.zero:
-        for s in fresh_of(growth.columns):
-            grown[:, s.new : s.new + s.length] = 0

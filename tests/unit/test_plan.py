@@ -43,6 +43,9 @@ def test_learning_rate_multipliers() -> None:
         "self_attn.o_proj.weight": 1 / 3, "mlp.gate_proj.weight": 1 / 2, "mlp.up_proj.weight": 1 / 2,
         "mlp.down_proj.weight": 1 / 5, "model.norm.weight": 1 / 2,
     }  # fmt: skip
+    # What is fresh is no copy: 70 features are two copies of each of 32, and 6 that are new.
+    between = planned({"hidden_to": 70})
+    assert {t.learning_rate_multiplier for t in between.tensors if "q_proj" in t.name} == {1 / 2}
     # A third of the heads cloned once: on average a column is 3/4 of what it was.
     uneven = planned({"signal": "4:1"})
     assert {t.learning_rate_multiplier for t in uneven.tensors if "o_proj" in t.name} == {3 / 4}

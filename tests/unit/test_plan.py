@@ -35,6 +35,30 @@ def test_only_grown_keys_change(model_type: str) -> None:
     assert plan.factors == {"signal": "4:1", "noise": 1, "kv": 1, "hidden": 1, "ffn": 2}
 
 
+NEWER = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("found", "keys"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": 2e4}),
+        ({"rope_parameters": NEWER}, {"rope_parameters": {**NEWER, "rope_theta": 2e4}}),
+        ({"rope_theta": 1e4, "rope_parameters": NEWER},
+         {"rope_theta": 2e4, "rope_parameters": {**NEWER, "rope_theta": 2e4}}),
+        ({"rope_theta": 1e4, "rope_parameters": None}, {"rope_theta": 2e4, "rope_parameters": None}),
+    ],
+    ids=["as transformers 4 writes it", "as 5 does", "as both", "as 4, with a null"],
+)  # fmt: skip
+def test_the_base_of_rope_changes_wherever_it_stands(found: dict[str, Any], keys: dict[str, Any]) -> None:
+    config = {key: value for key, value in SMALL.items() if key != "rope_theta"} | found
+    plan = make_plan(header(config), make_recipe({"rope_theta": 2e4}))
+    assert plan.config == config | keys
+    assert plan.changed_keys == {"rope_theta": (1e4, 2e4)}
+    assert "rope_theta 10000.0 to 20000.0 changes the function" in " ".join(hints_of(plan))
+    with pytest.raises(PlanError, match="nothing would grow"):
+        make_plan(header(plan.config), make_recipe({"rope_theta": 2e4}))
+
+
 def test_learning_rate_multipliers() -> None:
     plan = planned({"signal": 3, "hidden": 2, "ffn": 5}, tie_word_embeddings=True)
     suggested = {t.name.removeprefix("model.layers.1."): t.learning_rate_multiplier for t in plan.tensors}

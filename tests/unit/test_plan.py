@@ -10,6 +10,8 @@ from gdagrow.header import Header
 from gdagrow.hints import hints_of
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe
+from gdagrow.states.moments import Moments, plan_moments
+from gdagrow.views.deeper import MOVED, NEW_BLOCK
 from tests.growths import header, info
 
 ATTENTION = "model.layers.{layer}.self_attn."
@@ -110,6 +112,22 @@ def test_moments_lost(recipe: dict[str, Any], lost: dict[str, str]) -> None:
     ]
     told = {text: set(names.split(", ")) for hint in hints for names, text in (part.split(": ", 1) for part in hint)}
     assert told == reasons
+
+
+def test_moments_that_are_carried_all_the_same_are_never_those_of_a_neighbour() -> None:
+    """`carry` is for those that the mirror rule misses; a new block and a lambda that moved have none of their own."""
+    plan = planned({"kv": 2, "insert": "after:0"})
+    auto, carry = (plan_moments(plan, policy) for policy in (Moments.auto, Moments.carry))
+    for name, found in carry.items():
+        if ".layers.1." in name:
+            assert found.reset == auto[name].reset == NEW_BLOCK, name
+        elif ".layers.2." in name and name.endswith(("lambda_q2", "lambda_k2")):
+            assert found.reset == auto[name].reset == MOVED, name
+        else:
+            assert found.reset is None, name
+    assert {name for name, found in auto.items() if found.reset != carry[name].reset} == {
+        f"model.layers.{layer}.self_attn.{row}_proj.weight" for layer in (0, 2) for row in "kv"
+    }
 
 
 def test_noise_is_for_split_weights_only() -> None:

@@ -32,7 +32,7 @@ def parse_placement(text: str) -> Placement:
     """
     if text in ("even", "top", "bottom"):
         return Placement(text)  # type: ignore[arg-type]
-    found = re.fullmatch(r"after:(\d{1,6}(?:,\d{1,6})*)", text.replace(" ", ""))
+    found = re.fullmatch(r"after: *([0-9]{1,6}(?: *, *[0-9]{1,6})*) *", text)
     if not found:
         raise RecipeError(f"expected even, top, bottom or after:3,7,11 (layers of the source, from 0), got {text!r}")
     return Placement("after", tuple(sorted(map(int, found.group(1).split(",")))))

@@ -1,7 +1,7 @@
 """Weights at fresh indices, which come from no weight of the source: zeros, free ones, or the mean of a gain."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import fsum, nan, sqrt
 
 import torch
 from torch import Tensor
@@ -51,9 +51,17 @@ def fill_columns(
         if growth.fills[-1] is Fill.free:
             fresh.draw(growth, grown, at, first_row, name)
         elif growth.fills[-1] is Fill.mean:
-            grown[:, at] = source.double().mean(1, keepdim=True).to(grown.dtype)
+            grown[:, at] = torch.tensor([[_mean(row)] for row in source.tolist()], dtype=torch.float64).to(grown.dtype)
         else:
             grown[:, at] = 0
+
+
+def _mean(values: list[float]) -> float:
+    """Of a sum that is rounded once, since torch's own goes in another order on another processor."""
+    try:
+        return fsum(values) / len(values)
+    except (OverflowError, ValueError):  # infinities of both signs, and what is too large to be summed
+        return nan
 
 
 def fill_rows(growth: TensorGrowth, grown: Tensor, *, first_row: int, name: str, fresh: Fresh) -> None:
@@ -61,7 +69,6 @@ def fill_rows(growth: TensorGrowth, grown: Tensor, *, first_row: int, name: str,
     if growth.fills[0] is Fill.zero:
         grown.zero_()
         return
+    # What writes a free row of the FFN reads the residual stream, all of whose readers are free.
+    assert growth.fills[-1] is Fill.free, f"{name} has columns that must be zero in rows that are free"
     fresh.draw(growth, grown, slice(0, growth.columns.size), first_row, name)
-    if growth.fills[-1] is Fill.zero:
-        for s in fresh_of(growth.columns):
-            grown[:, s.new : s.new + s.length] = 0

@@ -145,6 +145,7 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     Raises:
         CheckpointError: the config makes no sense, no table covers it, or tensors are missing, unknown or misshapen.
         PlanError: this checkpoint cannot be grown so.
+        RecipeError: the file that says which signal heads are cloned cannot be read.
     """
     architecture = architecture_of(header.config)
     before = architecture.sizes(header.config)

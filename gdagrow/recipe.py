@@ -59,6 +59,13 @@ def _size(value: Any) -> int:
     return value
 
 
+def _no_boolean(value: Any) -> Any:
+    """Leave a number to pydantic, which would take `true` for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value!r}")
+    return value
+
+
 def _more_layers(value: Any) -> int:
     """Accept a number of layers to add, as `+8` or `8`."""
     return _size(value.removeprefix("+") if isinstance(value, str) else value)
@@ -120,13 +127,13 @@ class Recipe(BaseModel):
     layers: Size | None = None
     insert: Annotated[Placement, BeforeValidator(_placement)] | None = None
     like: Annotated[str, Field(min_length=1)] | None = None
-    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_boolean)] | None = None
     max_position_embeddings: Size | None = None
     to: Literal["motif"] | None = None
     embeddings: Literal["keep", "untie"] | None = None
     exact_copies: bool = False
     snr_db: Annotated[float, Field(ge=20.0, le=120.0)] = DEFAULT_SNR_DB
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_no_boolean)] = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,8 @@ from gdagrow.rows import told_by_row
 RECORD_FILE: Final = "growth.json"
 FORMAT: Final = 1
 FEATURES: Final = ("hidden", "ffn")
+# Keys of the config that are no sizes and that a recipe may name.
+_NAMED: Final = ("rope_theta", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def _in_short(checkpoint: Path, record: Any) -> dict[str, Any]:
             "architecture": record["architecture"], "factors": dict(record["factors"]),
             "new_layers": [int(layer) for layer in record["lineage"].get("new_layers", [])],
             "recipe": dict(record["recipe"]),
+            "settings": {key: record["recipe"][key] for key in _NAMED if key in record["recipe"]},
             "noise": noise and {"snr_db": float(noise["snr_db"]), "seed": int(noise["seed"])},
             "gdagrow": record["versions"]["gdagrow"],
         }  # fmt: skip

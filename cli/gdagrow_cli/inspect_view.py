@@ -63,6 +63,7 @@ def _growth_sentence(growth: Mapping[str, Any]) -> str:
     done += [f"{axis} {_times(value)}" for axis, value in growth["factors"].items() if value != 1]
     if growth["new_layers"]:
         done.append(f"new layers {', '.join(map(str, growth['new_layers']))}")
+    done += [f"{key} {value}" for key, value in growth["settings"].items()]
     noise = growth["noise"]
     copies = "exact copies" if noise is None else f"noise {noise['snr_db']:g} dB down, seed {noise['seed']}"
     return f"grown from {growth['source']}: {', '.join(done) or 'untied'}; {copies} (gdagrow {growth['gdagrow']})"

@@ -133,6 +133,8 @@ def _check_heads(config: GdaConfig) -> None:
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """`rope_theta`, or the same under `rope_parameters`, where transformers 5 writes it."""
     parameters = config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise _bad("rope_parameters", parameters, "an object")
     if parameters.get("rope_type", "default") != "default":
         raise CheckpointError(
             f"config.json: rope_parameters asks for {parameters['rope_type']!r} RoPE, which the reference model does "

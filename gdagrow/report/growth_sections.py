@@ -57,6 +57,7 @@ def _done(growth: Node) -> Iterator[str]:
     done += [f"{escaped(axis)} {_times(value)}" for axis, value in growth["factors"].value.items() if value != 1]
     if new := growth["new_layers"].value:
         done.append(f"of which {escaped(', '.join(map(str, new)))} {'is' if len(new) == 1 else 'are'} new")
+    done += [f"{escaped(key)} {escaped(str(value))}" for key, value in growth["settings"].value.items()]
     yield f"Grown from <b>{escaped(growth['source'].value)}</b>: {', '.join(done) or 'embeddings untied'}; "
     if noise := growth["noise"]:
         down, seed = figure_text(noise["snr_db"], "{:g}".format), figure_text(noise["seed"], str)

@@ -138,12 +138,7 @@ def fold_rows(floats: Floats, growth: TensorGrowth, source: Bits, grown: Bits) -
 @np.errstate(all="ignore")
 def fold_fresh_rows(floats: Floats, growth: TensorGrowth, grown: Bits) -> list[Wrong]:
     """Return what of whole rows `[rows, new columns]`, that come from none, might add something to the function."""
-    wrong = list(_located(_fresh_apart(floats, growth.fills[0], grown), 0, 0))
-    if growth.fills[0] is not Fill.zero:
-        for segment in fresh_of(growth.columns):
-            columns = grown[:, segment.new : segment.new + segment.length]
-            wrong += _located(_fresh_apart(floats, growth.fills[-1], columns), segment.new, segment.old)
-    return wrong
+    return list(_located(_fresh_apart(floats, growth.fills[0], grown), 0, 0))
 
 
 def _fresh_apart(floats: Floats, fill: Fill, grown: Bits) -> NDArray[np.float64]:

@@ -6,11 +6,11 @@ the config takes back (growth-math 3.3). Gains are float64 whatever the checkpoi
 round them.
 """
 
-from math import sqrt
+from math import inf, sqrt
 from typing import Final
 
 from gdagrow.archs import Architecture, in_model_order
-from gdagrow.errors import PlanError
+from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.header import Header
 from gdagrow.views import Derived, Made, Seen, view
 
@@ -27,6 +27,7 @@ def with_gains(header: Header, architecture: Architecture, hidden: int, new_hidd
 
     Raises:
         PlanError: the architecture has one eps for these norms and for others.
+        CheckpointError: the config has no eps that could be rescaled.
     """
     if new_hidden % hidden == 0:
         return header
@@ -35,6 +36,12 @@ def with_gains(header: Header, architecture: Architecture, hidden: int, new_hidd
             f"hidden {hidden} to {new_hidden} is no multiple, so that the eps of the norms must change, which the "
             f"{architecture.name} layout shares with its sub-norm; convert the checkpoint as well with --to motif (to: "
             f"motif in a recipe), or choose a multiple of {hidden}"
+        )
+    eps = header.config.get(architecture.norm_eps)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < inf:
+        raise CheckpointError(
+            f"config.json: {architecture.norm_eps}: expected a positive number, which hidden {hidden} to {new_hidden} "
+            f"rescales, got {eps!r}; correct the config"
         )
     share = new_hidden // hidden * hidden / new_hidden
     factor = sqrt(share)
@@ -48,5 +55,4 @@ def with_gains(header: Header, architecture: Architecture, hidden: int, new_hidd
             )
         elif name in header.tensors:
             derived[name] = Seen(name)
-    eps = header.config[architecture.norm_eps]
     return view(header, {**header.config, architecture.norm_eps: eps * share}, derived)

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from gdagrow.record import growths_of
+from gdagrow.report.growth_sections import what_was_done
+from gdagrow.report.node import Node
 from gdagrow.verify.logits import compare
 from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
@@ -53,6 +56,27 @@ def test_moments_are_told_layer_by_layer(pair: tuple[Path, Path], capsys: pytest
     assert "it makes up for the change of its layer's lambda_init self_attn.lambda_q2, self_attn.lambda_k2" in text
     tensors = json.loads(call(capsys, "diff", *pair, "--gradients", "--length", "8", "--json").out)["tensors"]
     assert sum(tensor["lost"] is None for tensor in tensors) == len(tensors) - 2 * 14 - 2 * 2 == 41
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ({"insert": "after:0,1"}, "layers to 4, new layers 1, 3"),
+        ({"hidden_to": 72}, "hidden to 72"),
+        ({"rope_theta": 2e4, "max_position_embeddings": 64}, "rope_theta 20000.0, max_position_embeddings 64"),
+        ({"embeddings": "untie"}, "untied"),
+    ],
+)
+def test_inspect_and_the_report_tell_what_was_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: dict[str, Any], told: str
+) -> None:
+    write_checkpoint(tmp_path / "a", tied=True)
+    grow(tmp_path / "a", tmp_path / "b", {**recipe, "exact_copies": True})
+    out = call(capsys, "inspect", tmp_path / "b").out
+    assert f"grown from a: {told}; exact copies" in " ".join(out.split())
+    page = what_was_done(Node(growths_of(tmp_path / "b"), "growths"))
+    words = told.replace("new layers 1, 3", "of which 1, 3 are new").replace("untied", "embeddings untied")
+    assert f"Grown from <b>a</b>: {words}; exact copies" in page
 
 
 def test_lambdas_that_moved_in_every_layer_are_not_called_exact(

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gdagrow.verify.logits import compare
+from gdagrow.verify.tokens import random_tokens
 from tests.checkpoints import write_checkpoint
 from tests.command import call
+from tests.growths import grow
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj.weight"
 # Of `write_checkpoint`: 2 groups of 3:1 and head_dim 8, so 4 query heads of 8 rows and 3 outputs of 16 columns each.
@@ -75,6 +78,16 @@ def test_the_heads_of_a_file_are_cloned(source: Path, capsys: pytest.CaptureFixt
         [[1, 1], [1, 1]], [[1, 1], [1, 1]], [[2, 2], [0, 2]], [[1, 1], [1, 1]],
     ]  # fmt: skip
     require_same_function(capsys, source, grown)
+
+
+def test_each_layer_is_compared_by_its_own_heads(source: Path) -> None:
+    heads = 'layers:\n  0: [2, 1, 1]\n  3: [[1, 2, 1], [1, 1, 2]]\n  "*": [1, 1, 2]\n'
+    source.with_name("heads.yaml").write_text(heads)
+    recipe = {"signal": "4:1", "select": f"given:{source.with_name('heads.yaml')}", "insert": "after:0"}
+    grown = grow(source, source.with_name("grown"), recipe)
+    found = compare(source, grown.target, random_tokens(61, seqs=1, length=5, seed=1))
+    assert found.first_difference is None
+    assert {part.layer for part in found.parts if part.part == "signal heads"} == {0, 2, 3, 4}
 
 
 def test_the_choice_composes_with_every_width_and_can_be_grown_again(

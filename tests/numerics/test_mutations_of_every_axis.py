@@ -368,6 +368,16 @@ def test_a_diffllama_whose_layers_are_said_to_have_moved_is_refused(tmp_path: Pa
         check_weights(tmp_path / "source", tmp_path / "grown")
 
 
+def test_a_diffllama_whose_features_are_said_to_be_fresh_is_refused(tmp_path: Path) -> None:
+    """Its sub-norm has the same eps, which therefore cannot follow the width."""
+    save_diffllama(tmp_path / "source", (32, 40, 2, 8, 4, 4, False), dtype=torch.bfloat16)
+    grow(tmp_path / "source", tmp_path / "grown", {"hidden": 2})
+    save_diffllama(tmp_path / "narrower", (33, 40, 2, 8, 4, 4, False), dtype=torch.bfloat16)
+    edit_lineage(tmp_path / "grown", hidden=[[0, 33]], fresh={"hidden": 31})
+    with pytest.raises(CheckpointError, match=r"its lineage has fresh features, for which the eps of its norms cannot"):
+        check_weights(tmp_path / "narrower", tmp_path / "grown")
+
+
 def test_repairs_in_one_of_several_growths_are_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", activation="silu", extra=EPS)
     for name, first, second in (

@@ -92,7 +92,8 @@ def test_placements_are_read_and_written(text: str, placement: Placement) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "middle", "after", "after:", "after:-1", "after:1,,2", "after:1.5", "after:x",
-                                  "after:9999999", "after:1,2,", "even:2", "Top"])  # fmt: skip
+                                  "after:9999999", "after:1,2,", "even:2", "Top", "after:3 7", "a f t e r:3",
+                                  "after:1 2,3", "after:\u0663"])  # fmt: skip
 def test_what_is_no_placement(text: str) -> None:
     with pytest.raises(RecipeError, match=r"expected even, top, bottom or after:3,7,11 \(layers of the source, from 0"):
         parse_placement(text)

@@ -179,6 +179,14 @@ def test_only_the_last_growth_makes_heads_new(tmp_path: Path) -> None:
     }
 
 
+def test_no_heads_of_a_new_block_are_old(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", **SMALL)
+    grow(tmp_path / "source", tmp_path / "grown", {"signal": 2, "insert": "after:0"})
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
+    kept = (Part(0, 0, 2 * DIM), Part(0, 4 * DIM, 7 * DIM), Part(0, 9 * DIM, 10 * DIM))
+    assert old_heads(config_of(tmp_path / "grown"), tmp_path / "grown", names) == {names[0]: kept, names[2]: kept}
+
+
 def test_old_heads_of_diffllama_lie_in_halves(tmp_path: Path) -> None:
     save_diffllama(tmp_path / "source", TOPOLOGIES[1], dtype=torch.float32)
     config = config_of(tmp_path / "source")

@@ -1,7 +1,7 @@
 """Weights that come from none: how they are drawn, what is zero or a mean, and that nothing depends on chunks."""
 
 from itertools import pairwise
-from math import sqrt
+from math import inf, nan, sqrt
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,17 @@ def test_what_is_zero_and_what_is_free(
 def test_a_fresh_gain_is_the_mean_of_the_others(notation: str) -> None:
     growth, source = growth_of(notation, is_gain=True), torch.tensor([1.0, 2.0, 4.0, 8.0, 1.0], dtype=torch.float64)
     assert grow_tensor(growth, source, "name", None, FRESH)[10:].tolist() == [3.2] * 3
+
+
+def test_the_mean_of_gains_is_rounded_once_so_that_all_machines_make_it_alike() -> None:
+    growth = growth_of("hidden <-", is_gain=True)
+    for gains, mean in (([2.0**53, 1.0, 1.0, -(2.0**53), 8.0], 2.0), ([1e16, 1.0, -1e16, 1.0, 0.5], 0.5)):
+        assert grow_tensor(growth, torch.tensor(gains, dtype=torch.float64), "name", None, FRESH)[10:].tolist() == (
+            [mean] * 3
+        )
+    for broken in ([inf, -inf, 1.0, 1.0, 1.0], [1e308] * 5, [nan] * 5):
+        found = grow_tensor(growth, torch.tensor(broken, dtype=torch.float64), "name", None, FRESH)[10:]
+        assert not bool(found.isfinite().any())
 
 
 def test_free_weights_have_the_deviation_and_no_mean() -> None:

@@ -49,6 +49,7 @@ def test_all_missing_keys_are_named() -> None:
         ("k_ratio", 2, "k_ratio is 2, expected 1, as in every published Motif model"),
         ("rope_scaling", {"type": "yarn"}, "rope_scaling is {'type': 'yarn'}, which the reference model does not"),
         ("rope_parameters", {"rope_type": "yarn"}, "asks for 'yarn' RoPE, which the reference model does not support"),
+        ("rope_parameters", [1.0], "rope_parameters is [1.0], expected an object"),
         ("use_sliding_window", True, "use_sliding_window is true, which the reference model does not support"),
         ("hidden_act", "gelu", "hidden_act is 'gelu', expected poly_norm or silu"),
         ("num_noise_heads", 7, "num_noise_heads is 7, expected a divisor of num_attention_heads (40)"),

@@ -10,6 +10,8 @@ from gdagrow.header import Header
 from gdagrow.hints import hints_of
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe
+from gdagrow.states.moments import Moments, plan_moments
+from gdagrow.views.deeper import MOVED, NEW_BLOCK
 from tests.growths import header, info
 
 ATTENTION = "model.layers.{layer}.self_attn."
@@ -35,6 +37,30 @@ def test_only_grown_keys_change(model_type: str) -> None:
     assert plan.factors == {"signal": "4:1", "noise": 1, "kv": 1, "hidden": 1, "ffn": 2}
 
 
+NEWER = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("found", "keys"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": 2e4}),
+        ({"rope_parameters": NEWER}, {"rope_parameters": {**NEWER, "rope_theta": 2e4}}),
+        ({"rope_theta": 1e4, "rope_parameters": NEWER},
+         {"rope_theta": 2e4, "rope_parameters": {**NEWER, "rope_theta": 2e4}}),
+        ({"rope_theta": 1e4, "rope_parameters": None}, {"rope_theta": 2e4, "rope_parameters": None}),
+    ],
+    ids=["as transformers 4 writes it", "as 5 does", "as both", "as 4, with a null"],
+)  # fmt: skip
+def test_the_base_of_rope_changes_wherever_it_stands(found: dict[str, Any], keys: dict[str, Any]) -> None:
+    config = {key: value for key, value in SMALL.items() if key != "rope_theta"} | found
+    plan = make_plan(header(config), make_recipe({"rope_theta": 2e4}))
+    assert plan.config == config | keys
+    assert plan.changed_keys == {"rope_theta": (1e4, 2e4)}
+    assert "rope_theta 10000.0 to 20000.0 changes the function" in " ".join(hints_of(plan))
+    with pytest.raises(PlanError, match="nothing would grow"):
+        make_plan(header(plan.config), make_recipe({"rope_theta": 2e4}))
+
+
 def test_learning_rate_multipliers() -> None:
     plan = planned({"signal": 3, "hidden": 2, "ffn": 5}, tie_word_embeddings=True)
     suggested = {t.name.removeprefix("model.layers.1."): t.learning_rate_multiplier for t in plan.tensors}
@@ -43,6 +69,9 @@ def test_learning_rate_multipliers() -> None:
         "self_attn.o_proj.weight": 1 / 3, "mlp.gate_proj.weight": 1 / 2, "mlp.up_proj.weight": 1 / 2,
         "mlp.down_proj.weight": 1 / 5, "model.norm.weight": 1 / 2,
     }  # fmt: skip
+    # What is fresh is no copy: 70 features are two copies of each of 32, and 6 that are new.
+    between = planned({"hidden_to": 70})
+    assert {t.learning_rate_multiplier for t in between.tensors if "q_proj" in t.name} == {1 / 2}
     # A third of the heads cloned once: on average a column is 3/4 of what it was.
     uneven = planned({"signal": "4:1"})
     assert {t.learning_rate_multiplier for t in uneven.tensors if "o_proj" in t.name} == {3 / 4}
@@ -83,6 +112,22 @@ def test_moments_lost(recipe: dict[str, Any], lost: dict[str, str]) -> None:
     ]
     told = {text: set(names.split(", ")) for hint in hints for names, text in (part.split(": ", 1) for part in hint)}
     assert told == reasons
+
+
+def test_moments_that_are_carried_all_the_same_are_never_those_of_a_neighbour() -> None:
+    """`carry` is for those that the mirror rule misses; a new block and a lambda that moved have none of their own."""
+    plan = planned({"kv": 2, "insert": "after:0"})
+    auto, carry = (plan_moments(plan, policy) for policy in (Moments.auto, Moments.carry))
+    for name, found in carry.items():
+        if ".layers.1." in name:
+            assert found.reset == auto[name].reset == NEW_BLOCK, name
+        elif ".layers.2." in name and name.endswith(("lambda_q2", "lambda_k2")):
+            assert found.reset == auto[name].reset == MOVED, name
+        else:
+            assert found.reset is None, name
+    assert {name for name, found in auto.items() if found.reset != carry[name].reset} == {
+        f"model.layers.{layer}.self_attn.{row}_proj.weight" for layer in (0, 2) for row in "kv"
+    }
 
 
 def test_noise_is_for_split_weights_only() -> None:

@@ -83,8 +83,13 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     some = {axis: factors for axis in ("noise", "kv", "hidden", "ffn")}
     values: dict[str, Any] = draw(st.fixed_dictionaries({}, optional=some))
     values["signal"] = draw(factors | st.integers(1, 512).map(lambda ratio: f"{ratio}:1"))
+    if isinstance(values["signal"], str):
+        values |= draw(st.sampled_from([{}, {"select": "first"}, {"select": "given:a.yaml"}]))
+    values |= {f"{axis}_to": draw(st.integers(1, 2**31 - 1)) for axis in ("hidden", "ffn") if axis not in values}
+    values |= draw(st.sampled_from([{}, {"depth": 3}, {"layers": 9, "insert": "top"}, {"insert": "after:0,0,7"}]))
     return values | draw(st.fixed_dictionaries({}, optional={
         "to": st.just("motif"), "embeddings": st.sampled_from(["keep", "untie"]), "exact_copies": st.booleans(),
+        "rope_theta": st.floats(1, 1e9), "max_position_embeddings": st.integers(1, 10**6),
         "snr_db": st.floats(20, 120), "seed": st.integers(0, 2**64 - 1),
     }))  # fmt: skip
 
@@ -136,6 +141,8 @@ def test_as_dict_reads_back(values: dict[str, Any]) -> None:
             "uniform, depth, layers, insert, like, rope_theta, max_position_embeddings, to, embeddings, exact_copies, "
             "snr_db, seed",
         ),
+        ({"rope_theta": True}, "rope_theta: expected a number, got True"),
+        ({"signal": 2, "seed": True}, "seed: expected a number, got True"),
         ({"signal": 2, "embeddings": "drop"}, "embeddings: input should be 'keep' or 'untie', got 'drop'"),
         ({"signal": 2, "snr_db": 19}, "snr_db: input should be greater than or equal to 20, got 19"),
         ({"signal": 2, "snr_db": 121}, "snr_db: input should be less than or equal to 120, got 121"),

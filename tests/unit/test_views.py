@@ -1,6 +1,7 @@
 """Views on views: what a tensor is of what is stored, through a conversion, more layers and rescaled gains."""
 
 import json
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from gdagrow.archs import architecture_of
-from gdagrow.errors import PlanError
+from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.weight_files import RowFiles
+from gdagrow.header import Header
 from gdagrow.hints import hints_of
 from gdagrow.lambda_init import lambda_init
 from gdagrow.plan import GrowthPlan, make_plan
@@ -176,6 +178,24 @@ def test_gains_and_eps_are_those_of_the_mean_square(
             else:
                 assert new.dtype == old.dtype
                 assert torch.equal(new, old), name
+
+
+@pytest.mark.parametrize("eps", ["1e-6", None, True, 0, -1e-6, float("nan"), float("inf")])
+def test_an_eps_that_is_no_number_is_refused(tmp_path: Path, eps: object) -> None:
+    header = write_and_read(tmp_path, eps)
+    with pytest.raises(CheckpointError) as error:
+        make_plan(header, make_recipe({"hidden_to": 44}))
+    assert str(error.value) == (
+        "config.json: rms_norm_eps: expected a positive number, which hidden 20 to 44 rescales, got "
+        f"{eps!r}; correct the config"
+    )
+    assert make_plan(header, make_recipe({"hidden_to": 60})).config["rms_norm_eps"] is eps, "it has no part in that"
+
+
+def write_and_read(directory: Path, eps: object) -> Header:
+    write_checkpoint(directory, hidden=20)
+    header = read_header(directory)
+    return replace(header, config={**header.config, "rms_norm_eps": eps})
 
 
 def test_diffllama_shares_its_eps(tmp_path: Path) -> None:

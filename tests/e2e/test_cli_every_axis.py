@@ -65,6 +65,7 @@ def test_moments_are_told_layer_by_layer(pair: tuple[Path, Path], capsys: pytest
         ({"hidden_to": 72}, "hidden to 72"),
         ({"rope_theta": 2e4, "max_position_embeddings": 64}, "rope_theta 20000.0, max_position_embeddings 64"),
         ({"embeddings": "untie"}, "untied"),
+        ({"ffn": 2, "embeddings": "untie"}, "ffn {}2, untied"),
     ],
 )
 def test_inspect_and_the_report_tell_what_was_done(
@@ -73,10 +74,10 @@ def test_inspect_and_the_report_tell_what_was_done(
     write_checkpoint(tmp_path / "a", tied=True)
     grow(tmp_path / "a", tmp_path / "b", {**recipe, "exact_copies": True})
     out = call(capsys, "inspect", tmp_path / "b").out
-    assert f"grown from a: {told}; exact copies" in " ".join(out.split())
+    assert f"grown from a: {told.format('x')}; exact copies" in " ".join(out.split())
     page = what_was_done(Node(growths_of(tmp_path / "b"), "growths"))
     words = told.replace("new layers 1, 3", "of which 1, 3 are new").replace("untied", "embeddings untied")
-    assert f"Grown from <b>a</b>: {words}; exact copies" in page
+    assert f"Grown from <b>a</b>: {words.format('&times;')}; exact copies" in page
 
 
 def test_lambdas_that_moved_in_every_layer_are_not_called_exact(

@@ -120,3 +120,22 @@ def test_settings_that_a_growth_changes_are_right_as_it_makes_them(
     assert [setting.key for setting in found.settings] == [setting.key for setting in run.settings] == named
     assert (found.differences, found.equivalent) == ((), not named)
     assert run.equivalent is (not named or named == ["layer_types"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({}, []), ({"rms_norm_eps": 1e-6}, ["rms_norm_eps"]), ({"layer_types": ["x"] * 5}, ["layer_types"])],
+)
+def test_settings_that_several_growths_changed_are_right_as_they_made_them(
+    tmp_path: Path, changed: dict[str, Any], named: list[str]
+) -> None:
+    """32 features, 40 with 8 of zero, 100 with 36: two copies of the 40, and 20 more."""
+    write_checkpoint(tmp_path / "a", scale=0.6, extra={**EPS, "layer_types": ["full", "full"]})
+    grow(tmp_path / "a", tmp_path / "b", {"hidden_to": 40, "insert": "after:0"})
+    grow(tmp_path / "b", tmp_path / "c", {"hidden_to": 100, "insert": "after:1,2"})
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert config["rms_norm_eps"] == pytest.approx(1e-6 * 64 / 100, rel=1e-12)
+    (tmp_path / "c" / "config.json").write_text(json.dumps({**config, **changed}))
+    found = compare(tmp_path / "a", tmp_path / "c", TOKENS)
+    assert [setting.key for setting in found.settings] == named
+    assert found.parts

@@ -139,3 +139,20 @@ def test_settings_that_several_growths_changed_are_right_as_they_made_them(
     found = compare(tmp_path / "a", tmp_path / "c", TOKENS)
     assert [setting.key for setting in found.settings] == named
     assert found.parts
+
+
+def test_a_plan_in_json_says_what_is_float64_and_in_which_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "a", layers=3)
+    moved = "it makes up for the change of its layer's lambda_init (layers 2, 4)"
+    lambdas = {f"model.layers.{{layer}}.self_attn.{name}": moved for name in ("lambda_k2", "lambda_q2", "subln.weight")}
+    norms = dict.fromkeys(
+        ("model.layers.{layer}.input_layernorm.weight", "model.layers.{layer}.post_attention_layernorm.weight",
+         "model.norm.weight"),
+        "it makes up for the features that the norm averages over besides",
+    )  # fmt: skip
+    for flags, told in (
+        (("--insert", "after:0,1"), lambdas), (("--hidden-to", "40"), norms), (("--signal-x2",), {}),
+    ):  # fmt: skip
+        assert json.loads(call(capsys, "plan", tmp_path / "a", *flags, "--json").out)["float64"] == told

@@ -17,6 +17,8 @@ WIDTH_AXES = ("signal", "noise", "kv", "hidden", "ffn")
 # the coarsest stored dtype, so copies part there too; enough to part all of them (tests/numerics/test_symmetry.py).
 DEFAULT_SNR_DB = 40.0
 
+_MAX_SIZE = 2**31 - 1
+
 
 def _factor(value: Any) -> int:
     """Accept a whole number from 1 to `MAX_COPIES`, also as the text a command line gives."""
@@ -52,10 +54,10 @@ def parse_ratio(text: str) -> Ratio:
 
 def _size(value: Any) -> int:
     """Accept a size of an axis, or a number of layers, also as the text a command line gives."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise ValueError(f"expected a whole number of 1 or more, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
+        raise ValueError(f"expected a whole number from 1 to {_MAX_SIZE}, got {value!r}")
     return value
 
 

@@ -122,7 +122,7 @@ def _in_short(checkpoint: Path, record: Any) -> dict[str, Any]:
             "source": record["source"]["name"], "converted_from": record.get("converted_from"),
             "architecture": record["architecture"], "factors": dict(record["factors"]),
             "new_layers": [int(layer) for layer in record["lineage"].get("new_layers", [])],
-            "recipe": dict(record["recipe"]),
+            "recipe": dict(record["recipe"]), "untied": record["recipe"].get("embeddings") == "untie",
             "settings": {key: record["recipe"][key] for key in _NAMED if key in record["recipe"]},
             "noise": noise and {"snr_db": float(noise["snr_db"]), "seed": int(noise["seed"])},
             "gdagrow": record["versions"]["gdagrow"],

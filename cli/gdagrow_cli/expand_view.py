@@ -80,8 +80,9 @@ def _print(console: Console, growing: Growing, expansion: Expansion, seconds: fl
     print_companions(console, growing, expansion.companions)
     print_hints(console, growing)
     print_section(console, "Next")
-    print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)}")
-    print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)} --weights")
+    if (checkpoint / "config.json").exists():  # a distributed checkpoint without one cannot be compared where it is
+        print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)}")
+        print_unbroken(console, f"  gdagrow diff {_quoted(checkpoint)} {_quoted(expansion.target)} --weights")
     if learning_rate_multipliers(plan):
         record = printable(expansion.target / RECORD_FILE)
         print_unbroken(console, f"  then train it, with the learning-rate multipliers in {record}")

@@ -63,7 +63,7 @@ _FLAGS: Final[Mapping[str, Any]] = {
     "untie": _switch("--untie/--keep-tied", "What becomes of tied embeddings; by default they stay tied.", _GROWTH),
     "exact_copies": _switch("--exact-copies", "Leave copies identical; they stay so for ever in training.", _COPIES),
     "snr_db": _text("--snr-db", "DB", f"How far noise lies below weights; {DEFAULT_SNR_DB:g} if left out.", _COPIES),
-    "seed": _text("--seed", "N", "Seed of that noise; 0 if left out.", _COPIES),
+    "seed": _text("--seed", "N", "Seed of that noise, and of what is drawn anew; 0 if left out.", _COPIES),
 }  # fmt: skip
 
 # Fields of a recipe whose flag gives them as they are.

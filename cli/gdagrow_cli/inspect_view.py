@@ -64,9 +64,10 @@ def _growth_sentence(growth: Mapping[str, Any]) -> str:
     if growth["new_layers"]:
         done.append(f"new layers {', '.join(map(str, growth['new_layers']))}")
     done += [f"{key} {value}" for key, value in growth["settings"].items()]
+    done += ["untied"] * growth["untied"]
     noise = growth["noise"]
     copies = "exact copies" if noise is None else f"noise {noise['snr_db']:g} dB down, seed {noise['seed']}"
-    return f"grown from {growth['source']}: {', '.join(done) or 'untied'}; {copies} (gdagrow {growth['gdagrow']})"
+    return f"grown from {growth['source']}: {', '.join(done)}; {copies} (gdagrow {growth['gdagrow']})"
 
 
 def _times(value: Any) -> str:

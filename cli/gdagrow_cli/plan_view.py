@@ -15,8 +15,10 @@ from gdagrow.growing import Growing
 from gdagrow.heads import HeadGrowth
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE, lineage
+from gdagrow.rows import told_by_row
 from gdagrow.states.moments import Moments
 from gdagrow.units import bytes_text
+from gdagrow.views import why_float64
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console
 from gdagrow_cli.figures_view import HEADING, figures_table
 from gdagrow_cli.head_map import draw_choices, draw_growth, legend
@@ -51,6 +53,7 @@ def growth_as_dict(growing: Growing, companions: Companions) -> dict[str, Any]:
         **figures.as_dict(),
         "shapes": {t.name: {"source": _source_shape(plan, t), "grown": t.shape} for t in plan.tensors},
         "lineage": lineage(plan),
+        "float64": told_by_row((t.parameter, why_float64(plan.header, t.source.name)) for t in plan.tensors),
         "companions": {"copied": companions.copied, "left_behind": {s.path: s.reason for s in companions.skipped}},
         "learning_rate_multipliers": learning_rate_multipliers(plan),
         "training_state": dict(output.record) or None,

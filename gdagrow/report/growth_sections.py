@@ -58,7 +58,8 @@ def _done(growth: Node) -> Iterator[str]:
     if new := growth["new_layers"].value:
         done.append(f"of which {escaped(', '.join(map(str, new)))} {'is' if len(new) == 1 else 'are'} new")
     done += [f"{escaped(key)} {escaped(str(value))}" for key, value in growth["settings"].value.items()]
-    yield f"Grown from <b>{escaped(growth['source'].value)}</b>: {', '.join(done) or 'embeddings untied'}; "
+    done += ["embeddings untied"] * growth["untied"].value
+    yield f"Grown from <b>{escaped(growth['source'].value)}</b>: {', '.join(done)}; "
     if noise := growth["noise"]:
         down, seed = figure_text(noise["snr_db"], "{:g}".format), figure_text(noise["seed"], str)
         yield f"copies parted by zero-sum noise {down} dB below the weights, seed {seed}"

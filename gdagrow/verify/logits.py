@@ -21,6 +21,7 @@ from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.parts import PartDifference, PartMeter
 from gdagrow.verify.rounding import Budget, Disturbance
 from gdagrow.verify.settings import Setting, other_settings
+from gdagrow.views.deeper import deepened
 
 _PROMPT_LENGTH = 32
 
@@ -136,7 +137,7 @@ def compare(
         meter, reason, config = None, None, headers[0].config
         try:
             lineage = lineage_of(*headers)
-            config = _config_as_grown(lineage, headers[0])
+            config = _config_as_grown(lineage, *headers)
             meter = PartMeter(lineage.maps, lineage.layers, before.sizes, after.sizes, budget, device)
         except (CheckpointError, CompareError) as error:
             reason = str(error)
@@ -167,12 +168,20 @@ def compare(
     )  # fmt: skip
 
 
-def _config_as_grown(lineage: Lineage, source: Header) -> Mapping[str, Any]:
-    """The source's config with what a growth changes beside sizes: the eps of norms that average over more."""
+def _config_as_grown(lineage: Lineage, source: Header, grown: Header) -> Mapping[str, Any]:
+    """The source's config with what growth changes beside sizes: the eps of norms that average over more."""
     try:
         return lineage.seen(source).config
-    except CompareError:  # of several growths, which cannot be folded back at once
-        return source.config
+    except CompareError:  # of several growths, whose weights cannot be folded back at once
+        architecture = architecture_of(source.config)
+    config = deepened(source, architecture, lineage.layers).config if lineage.layers.new else source.config
+    hidden, key = lineage.maps.common.of("hidden", None), architecture.norm_eps
+    if not hidden.num_fresh or key is None:
+        return config
+    eps, found = config[key] * (hidden.size - hidden.num_fresh) / hidden.size, grown.config.get(key)
+    # Each growth rounds its own share of it.
+    is_it = isinstance(found, float) and math.isclose(eps, found, rel_tol=1e-12)
+    return {**config, key: found if is_it else eps}
 
 
 class _Run:

@@ -65,6 +65,7 @@ def test_moments_are_told_layer_by_layer(pair: tuple[Path, Path], capsys: pytest
         ({"hidden_to": 72}, "hidden to 72"),
         ({"rope_theta": 2e4, "max_position_embeddings": 64}, "rope_theta 20000.0, max_position_embeddings 64"),
         ({"embeddings": "untie"}, "untied"),
+        ({"ffn": 2, "embeddings": "untie"}, "ffn {}2, untied"),
     ],
 )
 def test_inspect_and_the_report_tell_what_was_done(
@@ -73,10 +74,10 @@ def test_inspect_and_the_report_tell_what_was_done(
     write_checkpoint(tmp_path / "a", tied=True)
     grow(tmp_path / "a", tmp_path / "b", {**recipe, "exact_copies": True})
     out = call(capsys, "inspect", tmp_path / "b").out
-    assert f"grown from a: {told}; exact copies" in " ".join(out.split())
+    assert f"grown from a: {told.format('x')}; exact copies" in " ".join(out.split())
     page = what_was_done(Node(growths_of(tmp_path / "b"), "growths"))
     words = told.replace("new layers 1, 3", "of which 1, 3 are new").replace("untied", "embeddings untied")
-    assert f"Grown from <b>a</b>: {words}; exact copies" in page
+    assert f"Grown from <b>a</b>: {words.format('&times;')}; exact copies" in page
 
 
 def test_lambdas_that_moved_in_every_layer_are_not_called_exact(
@@ -119,3 +120,39 @@ def test_settings_that_a_growth_changes_are_right_as_it_makes_them(
     assert [setting.key for setting in found.settings] == [setting.key for setting in run.settings] == named
     assert (found.differences, found.equivalent) == ((), not named)
     assert run.equivalent is (not named or named == ["layer_types"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({}, []), ({"rms_norm_eps": 1e-6}, ["rms_norm_eps"]), ({"layer_types": ["x"] * 5}, ["layer_types"])],
+)
+def test_settings_that_several_growths_changed_are_right_as_they_made_them(
+    tmp_path: Path, changed: dict[str, Any], named: list[str]
+) -> None:
+    """32 features, 40 with 8 of zero, 100 with 36: two copies of the 40, and 20 more."""
+    write_checkpoint(tmp_path / "a", scale=0.6, extra={**EPS, "layer_types": ["full", "full"]})
+    grow(tmp_path / "a", tmp_path / "b", {"hidden_to": 40, "insert": "after:0"})
+    grow(tmp_path / "b", tmp_path / "c", {"hidden_to": 100, "insert": "after:1,2"})
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert config["rms_norm_eps"] == pytest.approx(1e-6 * 64 / 100, rel=1e-12)
+    (tmp_path / "c" / "config.json").write_text(json.dumps({**config, **changed}))
+    found = compare(tmp_path / "a", tmp_path / "c", TOKENS)
+    assert [setting.key for setting in found.settings] == named
+    assert found.parts
+
+
+def test_a_plan_in_json_says_what_is_float64_and_in_which_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "a", layers=3)
+    moved = "it makes up for the change of its layer's lambda_init (layers 2, 4)"
+    lambdas = {f"model.layers.{{layer}}.self_attn.{name}": moved for name in ("lambda_k2", "lambda_q2", "subln.weight")}
+    norms = dict.fromkeys(
+        ("model.layers.{layer}.input_layernorm.weight", "model.layers.{layer}.post_attention_layernorm.weight",
+         "model.norm.weight"),
+        "it makes up for the features that the norm averages over besides",
+    )  # fmt: skip
+    for flags, told in (
+        (("--insert", "after:0,1"), lambdas), (("--hidden-to", "40"), norms), (("--signal-x2",), {}),
+    ):  # fmt: skip
+        assert json.loads(call(capsys, "plan", tmp_path / "a", *flags, "--json").out)["float64"] == told

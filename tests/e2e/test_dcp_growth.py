@@ -1,6 +1,7 @@
 """A sharded run is grown by one process and goes on on any number of ranks, its optimizer included."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -319,3 +320,18 @@ def test_new_blocks_beside_an_optimizer_are_refused(
     assert "more layers: 16 parameters, the first model.layers.2." in outcome.err
     assert "convert the weights alone to safetensors first" in outcome.err
     assert not (tmp_path / "grown").exists()
+
+
+def test_a_comparison_is_proposed_only_where_the_source_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`gdagrow diff` takes no config for a distributed checkpoint that has none."""
+    write_checkpoint(tmp_path / "model", dtype=torch.float32)
+    write_distributed_state(tmp_path / "model", tmp_path / "dcp")
+    words = "--signal-x2", "--config", tmp_path / "model"
+    without = call(capsys, "expand", tmp_path / "dcp", tmp_path / "grown", *words)
+    assert (without.code, "gdagrow diff" in without.out, "then train it" in without.out) == (0, False, True)
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "dcp")
+    proposed = call(capsys, "expand", tmp_path / "dcp", tmp_path / "again", "--signal-x2").out
+    assert f"  gdagrow diff {tmp_path / 'dcp'} {tmp_path / 'again'} --weights\n" in proposed
+    assert call(capsys, "diff", tmp_path / "dcp", tmp_path / "again", "--weights").code == 0

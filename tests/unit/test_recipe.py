@@ -25,6 +25,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 WHOLE = "expected a whole number from 1 to 512, got"
+SIZE = "expected a whole number from 1 to 2147483647, got"
 RATIO = "expected a target ratio R:1 with a whole R of 1 or more, such as 4:1, got"
 NO_GROWTH = "no growth asked for; give at least one factor above 1, such as --signal-x2 or signal: 2"
 
@@ -140,6 +141,11 @@ def test_as_dict_reads_back(values: dict[str, Any]) -> None:
             "unknown key 'signals', expected one of signal, select, noise, kv, hidden, ffn, hidden_to, ffn_to, "
             "uniform, depth, layers, insert, like, rope_theta, max_position_embeddings, to, embeddings, exact_copies, "
             "snr_db, seed",
+        ),
+        (
+            {"depth": "+0", "hidden_to": "99999999999", "ffn_to": 2**31, "max_position_embeddings": 1.5},
+            f"hidden_to: {SIZE} '99999999999'; ffn_to: {SIZE} 2147483648; depth: {SIZE} 0; max_position_embeddings: "
+            f"{SIZE} 1.5",
         ),
         ({"rope_theta": True}, "rope_theta: expected a number, got True"),
         ({"signal": 2, "seed": True}, "seed: expected a number, got True"),

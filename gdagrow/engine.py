@@ -55,6 +55,28 @@ def grow_rows(
         start = stop
 
 
+def part_rows(growth: TensorGrowth, grown: Tensor, *, copy: int, first_row: int, name: str, noise: Noise) -> None:
+    """Tell rows apart from the other copies of the same source rows, where these may be any.
+
+    In a new block the weights that read copies are zero, and so would be noise in proportion to them: there the rows
+    that make the copies get it instead, all but the first copy of each.
+
+    Args:
+        growth: The tensor's maps.
+        grown: `[rows, new columns]`, changed here.
+        copy: Which copy of the source rows they are.
+        first_row, name: As for `grow_rows`.
+        noise: How large it is, and its seed.
+    """
+    size, start, stop = block_rows(growth), first_row, first_row + grown.shape[0]
+    while start < stop:
+        block = start // size
+        end = min((block + 1) * size, stop)
+        rows = slice(start - block * size, end - block * size)
+        noise.disturb(grown[start - first_row : end - first_row], name, copy, block, rows, size)
+        start = end
+
+
 def _split_columns(columns: IndexMap, source: Tensor, grown: Tensor, words: Tensor | None, amplitude: float) -> None:
     for segments in copies_of(columns):
         at = slice(segments[0].old, segments[0].old + segments[0].length)
@@ -67,9 +89,12 @@ def _split_columns(columns: IndexMap, source: Tensor, grown: Tensor, words: Tens
 
 
 def grow_tensor(
-    growth: TensorGrowth, source: Tensor, name: str = "", noise: Noise | None = None, fresh: Fresh | None = None
-) -> Tensor:
+    growth: TensorGrowth, source: Tensor, name: str = "", noise: Noise | None = None, fresh: Fresh | None = None,
+    *, parted: bool = False,
+) -> Tensor:  # fmt: skip
     """Grow a whole tensor in memory: what streaming does row by row, for small tensors and for tests.
+
+    `parted`: whether copies of rows are told apart, see `part_rows`.
 
     Returns:
         A tensor of `growth.shape` in the dtype of `source`.
@@ -83,6 +108,8 @@ def grow_tensor(
             fill_rows(growth, grown[to], first_row=s.old, name=name, fresh=fresh)
         else:
             grow_rows(growth, matrix[rows], grown[to], first_row=s.old, name=name, noise=noise, fresh=fresh)
+            if parted and noise is not None and s.copy:
+                part_rows(growth, grown[to], copy=s.copy, first_row=s.old, name=name, noise=noise)
     return grown.reshape(growth.shape)
 
 

@@ -1,15 +1,11 @@
 """What a user may want to know of a plan before going on; never a refusal."""
 
 from collections.abc import Iterator
-from typing import Final
 
 from gdagrow.heads import LARGEST_SUPPORTED_RATIO
 from gdagrow.plan import GrowthPlan
 from gdagrow.views import why_float64
 from gdagrow.views.deeper import NEW_BLOCK
-
-# What the weights of a part read that write to the residual stream.
-_COPIED: Final = {"attention": "heads", "mlp": "FFN units"}
 
 
 def hints_of(plan: GrowthPlan) -> tuple[str, ...]:
@@ -21,8 +17,6 @@ def hints_of(plan: GrowthPlan) -> tuple[str, ...]:
                      f"decline (3:1 to 4:1 train best){_back_in_range(plan)}")  # fmt: skip
     if plan.recipe.exact_copies:
         hints.append("exact copies see identical gradients and stay identical for ever in training")
-    else:
-        hints += _of_copies_in_new_blocks(plan)
     lost: dict[str, dict[str, None]] = {}
     for tensor in plan.tensors:
         if tensor.moments_lost and tensor.moments_lost != NEW_BLOCK:
@@ -58,17 +52,6 @@ def _of_float64(plan: GrowthPlan) -> Iterator[str]:
         yield (
             f"stored in float64, because a shorter dtype would round them: {told}; a trainer that casts them "
             "changes the function by that rounding"
-        )
-
-
-def _of_copies_in_new_blocks(plan: GrowthPlan) -> Iterator[str]:
-    """Copies that noise does not part, since the weights that read them are all zero."""
-    parts = {tensor.part for tensor in plan.tensors if tensor.is_zero and tensor.growth.splits}
-    if copied := [what for part, what in _COPIED.items() if part in parts]:
-        yield (
-            f"copies of {' and '.join(copied)} in new blocks see identical gradients and stay identical for ever in "
-            "training, because the weights that read them are zero; to have them part, add the blocks in a growth of "
-            "their own, train, and widen then"
         )
 
 

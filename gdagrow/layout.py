@@ -78,7 +78,8 @@ def _kept_bytes(tensor: TensorPlan) -> int:
 def _scratch_bytes(tensor: TensorPlan) -> int:
     columns, rows = tensor.growth.columns, block_rows(tensor.growth)
     # Of free weights a random word and a float64; of whole rows of them, or of columns.
-    drawn = rows * (columns.size if tensor.growth.rows.num_fresh else columns.num_fresh) * _SCRATCH_BYTES_FREE
+    whole = tensor.growth.rows.num_fresh or tensor.parted
+    drawn = rows * (columns.size if whole else columns.num_fresh) * _SCRATCH_BYTES_FREE
     if not tensor.growth.splits:
         return drawn
     copies = max(segment.copies for segment in columns.segments)

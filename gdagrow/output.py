@@ -27,6 +27,7 @@ class GrownTensor:
     power: None for a weight; for an optimizer moment, the power of the copies that it is divided by.
     factor: What a moment is multiplied by besides.
     noisy: Whether what is split gets zero-sum noise.
+    parted: Whether copies of rows are told apart (`gdagrow.engine.part_rows`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class GrownTensor:
     power: int | None = None
     factor: float = 1.0
     noisy: bool = False
+    parted: bool = False
 
     @property
     def target(self) -> TargetTensor:
@@ -91,7 +93,7 @@ def grown_weights(plan: GrowthPlan) -> dict[str, GrownTensor]:
     grown = (
         GrownTensor(
             tensor.name, None if tensor.is_zero else WEIGHTS, tensor.source.name, tensor.source.dtype, tensor.growth,
-            noisy=tensor.noisy,
+            noisy=tensor.noisy, parted=tensor.parted,
         )
         for tensor in plan.tensors
     )  # fmt: skip

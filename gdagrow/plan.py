@@ -27,7 +27,7 @@ from gdagrow.rows import claim, grown_rows, why_moments_are_lost
 from gdagrow.selection import grown_heads_by_layer
 from gdagrow.views import origin_of
 from gdagrow.views.convert import as_motif
-from gdagrow.views.deeper import deepened
+from gdagrow.views.deeper import copies_are_free, deepened
 from gdagrow.views.wider import with_gains
 
 
@@ -44,6 +44,7 @@ class TensorPlan:
     growth: Its index maps.
     is_zero: Whether it is all zeros, and nothing is read for it.
     noisy: Whether its split weights get zero-sum noise.
+    parted: Whether copies of its rows get noise, because the weights that read them are zero and can have none.
     learning_rate_multiplier: Suggested: a split weight is `1/copies` of what it was while an optimizer's step is not.
     moments_lost: Why its optimizer moments cannot be carried exactly, or None where they can.
     """
@@ -57,6 +58,7 @@ class TensorPlan:
     growth: TensorGrowth
     is_zero: bool
     noisy: bool
+    parted: bool
     learning_rate_multiplier: float
     moments_lost: str | None
 
@@ -173,7 +175,7 @@ def make_plan(header: Header, recipe: Recipe) -> GrowthPlan:
     heads_of_layer = tuple(heads[source] for source in layers.source)
     known = {id(growth): axis_maps(growth, before.head_dim, plain) for growth in heads}
     maps = GrowthMaps(tuple(known[id(growth)] for growth in heads_of_layer))
-    tensors = tuple(_tensor_plans(header, recipe, architecture, maps, tied_after))
+    tensors = tuple(_tensor_plans(header, recipe, architecture, layers, maps, tied_after))
     config = architecture.grown_config(header.config, after, tied=tied_after) | changed_keys(header.config, recipe)
     return GrowthPlan(
         header, recipe, architecture, before, after, layers, heads_of_layer, maps, config, tied, tied_after,
@@ -198,7 +200,7 @@ def _require_ratio(architecture: Architecture, heads: HeadGrowth) -> None:
 
 
 def _tensor_plans(
-    header: Header, recipe: Recipe, architecture: Architecture, maps: GrowthMaps, tied_after: bool
+    header: Header, recipe: Recipe, architecture: Architecture, layers: Layers, maps: GrowthMaps, tied_after: bool
 ) -> Iterator[TensorPlan]:
     untied = architecture.is_tied(header.config) and not tied_after
     for row in grown_rows(header, architecture, len(maps.by_layer), tied_after=tied_after):
@@ -210,6 +212,7 @@ def _tensor_plans(
             part=row.parameter.part, growth=growth, stored=origin.name,
             is_zero=origin.is_zero,
             noisy=growth.splits and not (recipe.exact_copies or carries_split or origin.is_zero),
+            parted=copies_are_free(row.parameter, row.layer, layers) and not recipe.exact_copies,
             learning_rate_multiplier=prod((dim.old_size / (dim.size - dim.num_fresh) for dim in read), start=1.0),
             moments_lost=why_moments_are_lost(row, header, architecture, maps, untied=untied),
         )  # fmt: skip

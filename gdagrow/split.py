@@ -55,6 +55,15 @@ class Noise:
         """The source of random words for one block of source rows of one tensor."""
         return words_of(self.seed, tensor, block)
 
+    def disturb(self, weights: Tensor, tensor: str, copy: int, block: int, rows: slice, num_rows: int) -> None:
+        """Multiply some rows of a block of `num_rows` by random numbers around 1, in place; of one copy of the rows."""
+        words = torch.empty((num_rows, weights.shape[1]), dtype=torch.int32)
+        words.random_(generator=self.generator(f"{tensor}/copy {copy}", block))
+        factors = words[rows].double().sub_(2.0**30).mul_(2.0**-30 * sqrt(3.0) * self.amplitude).add_(1.0)
+        largest = torch.finfo(weights.dtype).max
+        disturbed = (weights.double() * factors).clamp_(-largest, largest).to(weights.dtype)
+        weights.copy_(torch.where(weights.isfinite(), disturbed, weights))
+
 
 def words_of(seed: int, tensor: str, block: int) -> torch.Generator:
     """The source of random words for one block of source rows of one tensor."""

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from gdagrow.engine import grow_moment_rows, grow_rows
+from gdagrow.engine import grow_moment_rows, grow_rows, part_rows
 from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.fresh import Fresh, fill_rows
@@ -25,13 +25,14 @@ from gdagrow.split import Noise
 class _Job:
     """Grow source rows `[start, stop)` of a tensor seen as `[rows, columns]`; they are the next rows of the output.
 
-    `copies`: how often those rows stand in the grown tensor; `again`: whether they come once more further down;
-    `fresh`: whether they come from no row of the source.
+    `copy` of `copies`: which of the times that those rows stand in the grown tensor this is; `again`: whether the same
+    bytes come once more further down; `fresh`: whether they come from no row of the source.
     """
 
     tensor: GrownTensor
     start: int
     stop: int
+    copy: int
     copies: int
     again: bool
     fresh: bool
@@ -97,6 +98,8 @@ class Grower:
             grow_rows(
                 tensor.growth, source, grown, first_row=job.start, name=tensor.name, noise=noise, fresh=self._fresh
             )
+            if tensor.parted and self._noise is not None and job.copy:
+                part_rows(tensor.growth, grown, copy=job.copy, first_row=job.start, name=tensor.name, noise=self._noise)
         else:
             source = self._read(tensor.files, job)
             grow_moment_rows(tensor.growth, source, grown, row_copies=job.copies, power=tensor.power)
@@ -120,5 +123,7 @@ def _jobs(tensor: GrownTensor) -> Iterator[_Job]:
     for segment in tensor.growth.rows.segments:
         start, stop = segment.old, segment.old + segment.length
         for cut in range(start - start % rows, stop, rows):
-            again = segment.copy + 1 < segment.copies
-            yield _Job(tensor, max(cut, start), min(cut + rows, stop), segment.copies, again, segment.fresh)
+            again = segment.copy + 1 < segment.copies and not tensor.parted
+            yield _Job(
+                tensor, max(cut, start), min(cut + rows, stop), segment.copy, segment.copies, again, segment.fresh
+            )

@@ -141,6 +141,12 @@ def fold_fresh_rows(floats: Floats, growth: TensorGrowth, grown: Bits) -> list[W
     return list(_located(_fresh_apart(floats, growth.fills[0], grown), 0, 0))
 
 
+@np.errstate(all="ignore")
+def fold_free_rows(floats: Floats, grown: Bits) -> list[Wrong]:
+    """Return what of rows `[rows, new columns]`, that may be any, is not finite."""
+    return list(_located(_fresh_apart(floats, Fill.free, grown), 0, 0))
+
+
 def _fresh_apart(floats: Floats, fill: Fill, grown: Bits) -> NDArray[np.float64]:
     """How far fresh weights are from what they must be: zero, or where they are free anything that is finite."""
     values = np.abs(floats.doubles(grown))

@@ -11,7 +11,7 @@ from gdagrow.axes import Notation, Segment
 from gdagrow.formats.weight_files import RowFiles, RowsInFile
 from gdagrow.growth import TensorGrowth, copies_of, fresh_of
 from gdagrow.header import ITEM_BYTES, TensorInfo
-from gdagrow.verify.fold import FLOATS, Bits, Wrong, fold_fresh_rows, fold_rows, same_bits, scratch
+from gdagrow.verify.fold import FLOATS, Bits, Wrong, fold_free_rows, fold_fresh_rows, fold_rows, same_bits, scratch
 from gdagrow.verify.forked import in_forks, num_processes
 from gdagrow.verify.places import head_at
 
@@ -26,12 +26,16 @@ PlaceKey = str | tuple[int, int]  # a head, or where there are none, row and col
 
 @dataclass(frozen=True)
 class Pair:
-    """A grown tensor and the stored tensor that it grew from, its notation and its maps."""
+    """A grown tensor and the stored tensor that it grew from, its notation and its maps.
+
+    copies_are_free: Whether copies of its rows, but for the first of each, may be any that is finite.
+    """
 
     source: TensorInfo
     grown: TensorInfo
     notation: Notation
     growth: TensorGrowth
+    copies_are_free: bool
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,9 @@ class Folder:
         right: Bits | None = None
         for i, copy in enumerate(copies):
             grown = _read(self._grown, copy, start, stop, "grown" if right is None else "again")
+            if i and pair.copies_are_free:
+                yield from ((i, wrong) for wrong in fold_free_rows(floats, grown))
+                continue
             # Further copies need not be folded if they are the same as one that is right.
             if right is not None and same_bits(right, grown):
                 continue

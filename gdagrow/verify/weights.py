@@ -9,13 +9,13 @@ from typing import Any
 from gdagrow.archs import architecture_of
 from gdagrow.axes import parse
 from gdagrow.errors import CompareError
-from gdagrow.growth import GrowthMaps
 from gdagrow.row_files import open_rows
 from gdagrow.rows import grown_rows
-from gdagrow.verify.lineage import lineage_of
+from gdagrow.verify.lineage import Lineage, lineage_of
 from gdagrow.verify.pair import HeaderPair, read_pair
 from gdagrow.verify.settings import Setting, other_settings
 from gdagrow.verify.tensors import Folded, Folder, Pair, Place, PlaceKey, add_places
+from gdagrow.views.deeper import copies_are_free
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def check_weights(source: Path, grown: Path, *, progress: Callable[[int], None] 
             f"weights cannot be folded back: {error}; what the models compute over the same vocabulary can be "
             "compared: gdagrow diff without --weights"
         ) from None
-    pairs, differences = _pairs(headers, lineage.maps)
+    pairs, differences = _pairs(headers, lineage)
     wrong: dict[str, _Wrong] = {}
     with open_rows(headers[0]) as old, open_rows(headers[1]) as new:
         for folded in Folder(old, new, before, after).fold(pairs):
@@ -119,11 +119,12 @@ class _Wrong:
         add_places(self.places, folded.places)
 
 
-def _pairs(headers: HeaderPair, maps: GrowthMaps) -> tuple[list[Pair], list[TensorDifference]]:
+def _pairs(headers: HeaderPair, lineage: Lineage) -> tuple[list[Pair], list[TensorDifference]]:
     """Each grown tensor with its source, and what has no counterpart."""
     source, grown = headers
     architecture = architecture_of(source.config)
-    rows = list(grown_rows(source, architecture, len(maps.by_layer), tied_after=architecture.is_tied(grown.config)))
+    num_layers, tied = len(lineage.layers.source), architecture.is_tied(grown.config)
+    rows = list(grown_rows(source, architecture, num_layers, tied_after=tied))
     pairs, problems = [], []
     for row in rows:
         old, new = source.tensors[row.source], grown.tensors.get(row.name)
@@ -132,6 +133,7 @@ def _pairs(headers: HeaderPair, maps: GrowthMaps) -> tuple[list[Pair], list[Tens
         elif new.dtype != old.dtype:
             problems.append(TensorDifference(row.name, f"stored as {new.dtype}, in the source as {old.dtype}"))
         else:
-            pairs.append(Pair(old, new, parse(row.notation), row.growth(maps)))
+            free = copies_are_free(row.parameter, row.layer, lineage.layers)
+            pairs.append(Pair(old, new, parse(row.notation), row.growth(lineage.maps), free))
     unknown = grown.tensors.keys() - {row.name for row in rows}
     return pairs, problems + [TensorDifference(name, "nothing in the source grows into it") for name in sorted(unknown)]

@@ -56,6 +56,11 @@ def writes_the_stream(row: Parameter) -> bool:
     return row.is_layered and row.part != "norm" and "hidden" in row.parsed.axes(read=False)
 
 
+def copies_are_free(row: Parameter, layer: int, layers: Layers) -> bool:
+    """Whether copies of a tensor's rows may be any: of a matrix inside a new block, which adds nothing anyway."""
+    return row.is_layered and layer in layers.new and len(row.parsed.dims) == 2 and not writes_the_stream(row)
+
+
 def _moved_layer(header: Header, architecture: Architecture, old: int, new: int) -> dict[str, Derived]:
     assert architecture.subln is not None
     under, factor = architecture.subln.format(layer=old), moved_norm(old, new)

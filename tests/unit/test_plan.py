@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gdagrow.errors import CheckpointError, PlanError
+from gdagrow.growth import Fill
 from gdagrow.header import Header
 from gdagrow.hints import hints_of
 from gdagrow.plan import GrowthPlan, make_plan
@@ -185,12 +186,46 @@ def test_hint_of_a_ratio_beyond_the_paper(recipe: dict[str, Any], way_back: str)
             {"ffn": 2, "embeddings": "keep"},
             "embeddings keep: the source's head and embedding are not tied; leave it out",
         ),
+        ({"ffn_to": 40}, "ffn to 40: the source has 48, and growth never drops a feature; choose 48 or more"),
+        ({"hidden_to": 31}, "hidden to 31: the source has 32, and growth never drops a feature; choose 32 or more"),
+        ({"ffn_to": 48 * 513}, "ffn to 24624: more than 512 copies of 48; choose a smaller size"),
+        ({"depth": 513}, "513 new blocks: expected at most 512 in one growth; ask for fewer"),
     ],
 )
 def test_refusals(recipe: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError) as error:
         planned(recipe)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("ffn", [49, 100, 143])
+def test_polynorm_has_no_units_beside_whole_copies(ffn: int) -> None:
+    with pytest.raises(PlanError) as error:
+        planned({"ffn_to": ffn}, hidden_act="poly_norm")
+    near = "48 or 96" if ffn == 49 else "96 or 144"
+    assert str(error.value) == (
+        f"ffn 48 to {ffn}: PolyNorm averages over all FFN units, with an eps that no config holds, so that units "
+        f"beside whole copies would change all others; choose {near}"
+    )
+    assert planned({"ffn_to": 144}, hidden_act="poly_norm").after.ffn == 144
+
+
+def test_what_is_fresh_and_what_is_made_is_told() -> None:
+    plan = planned({"insert": "after:0", "hidden_to": 70, "ffn_to": 100, "seed": 3}, initializer_range=0.05)
+    repaired = "it makes up for the change of its layer's lambda_init"
+    assert hints_of(plan) == (
+        "hidden: 6 features are new and zero; the weights that read them are drawn uniformly with deviation 0.05 and "
+        "seed 3; rms_norm_eps 1e-06 to 9.14286e-07",
+        "ffn: 4 units are new, drawn uniformly with deviation 0.05 and seed 3, and read with weights of zero",
+        "stored in float64, because a shorter dtype would round them: input_layernorm.weight, "
+        "post_attention_layernorm.weight, model.norm.weight (it makes up for the features that the norm averages over "
+        f"besides); self_attn.lambda_q2, self_attn.lambda_k2, self_attn.subln.weight ({repaired}); a trainer that "
+        "casts them changes the function by that rounding",
+        f"optimizer moments cannot be carried exactly for self_attn.lambda_q2, self_attn.lambda_k2: {repaired}",
+    )
+    # Past a gain of zero no gradient would reach what writes a fresh feature.
+    gains = [tensor.growth.fills for tensor in plan.tensors if tensor.part == "norm"]
+    assert gains == [(Fill.mean,)] * 7
 
 
 def test_every_tensor_that_does_not_fit_is_named_in_one_error() -> None:

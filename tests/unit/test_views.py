@@ -128,7 +128,7 @@ def test_nothing_is_float64_that_was_not_if_all_was(tmp_path: Path) -> None:
 
 def octets_of(rows: RowFiles, name: str, begin: int, end: int) -> bytes:
     found = rows.find(name, begin, end)
-    octets = bytearray(found.num_bytes)
+    octets = bytearray(b"\xff" * found.num_bytes)
     rows.read(found, 0, memoryview(octets))
     return bytes(octets)
 

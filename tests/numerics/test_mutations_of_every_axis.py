@@ -411,3 +411,19 @@ def test_several_growths_without_repairs_fold_back_at_once(tmp_path: Path) -> No
     assert [difference.name for difference in check_weights(tmp_path / "a", tmp_path / "e").differences] == [
         "model.layers.4.self_attn.o_proj.weight"
     ]
+
+
+def test_further_copies_in_a_new_block_may_be_anything_finite(tmp_path: Path) -> None:
+    """They are told apart by noise in their own rows; the first copies must be the neighbour's bits."""
+    write_checkpoint(tmp_path / "source", layers=2, extra=EPS)
+    grown = grow(tmp_path / "source", tmp_path / "grown", {"signal": 2, "depth": 1, "insert": "top"})
+    name = "model.layers.2.self_attn.q_proj.weight"
+    (tensor,) = (tensor for tensor in grown.plan.tensors if tensor.name == name)
+    first, further = (next(s.new for s in tensor.growth.rows.segments if s.copy == copy) for copy in (0, 1))
+    assert not torch.equal(grown.after[name][first], grown.after[name][further])
+    assert torch.equal(grown.after[name][first], grown.before["model.layers.1.self_attn.q_proj.weight"][0])
+    for row, value, wrong in ((further, 3.0, 0), (further, torch.inf, 1), (first, 3.0, 1)):
+        edit(grown.target, lambda tensors, row=row, value=value: tensors[name].__setitem__((row, 0), value))
+        certificate = check_weights(grown.source, grown.target)
+        assert [d.num_wrong for d in certificate.differences] == [wrong] * bool(wrong)
+        edit(grown.target, lambda tensors: tensors[name].copy_(grown.after[name]))

@@ -152,10 +152,11 @@ def in_memory(plan: GrowthPlan) -> dict[str, Tensor]:
     with open_reader(plan.header) as reader:
         return {
             tensor.name: grow_tensor(
-                tensor.growth, reader.tensor(tensor.source.name), tensor.name, noise if tensor.noisy else None, fresh
+                tensor.growth, reader.tensor(tensor.source.name), tensor.name,
+                noise if tensor.noisy or tensor.parted else None, fresh, parted=tensor.parted,
             )
             for tensor in plan.tensors
-        }
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("activation", ["silu", "poly_norm"])

@@ -184,6 +184,7 @@ class Recipe(BaseModel):
         parts = [f"to-{self.to}"] * (self.to is not None) + [f"uniform-x{self.uniform}"] * (self.uniform != 1)
         if isinstance(self.signal, Ratio):
             parts.append(f"ratio-{self.signal.signal}to1")
+            parts += ["by-norm"] * (self.select == "norm") + ["given"] * (self.select or "").startswith("given:")
         elif self.signal != 1:
             parts.append(f"signal-x{self.signal}")
         parts += [f"{axis}-x{getattr(self, axis)}" for axis in WIDTH_AXES[1:] if getattr(self, axis) != 1]
@@ -192,8 +193,10 @@ class Recipe(BaseModel):
             parts.append(f"layers-{self.layers}")
         elif self.depth is not None or self.insert is not None:
             parts.append(f"depth-plus-{self.depth or len(self.insert.layers if self.insert else ())}")
+        if self.insert is not None and self.insert.where != "even":
+            parts.append("-".join((self.insert.where, *map(str, self.insert.layers))))
         if self.rope_theta is not None:
-            parts.append(f"theta-{self.rope_theta:g}")
+            parts.append(f"theta-{self.rope_theta:.15g}")
         if self.max_position_embeddings is not None:
             parts.append(f"context-{self.max_position_embeddings}")
         return "-".join(parts + ["untied"] * (self.embeddings == "untie"))

@@ -54,7 +54,9 @@ def growth_record(
         "recipe": recipe.as_dict(),
         "factors": plan.factors,
         "tied": {"source": plan.tied_before, "grown": plan.tied_after},
-        "noise": None if recipe.exact_copies else {"snr_db": recipe.snr_db, "seed": recipe.seed},
+        "noise": {"snr_db": recipe.snr_db, "seed": recipe.seed}
+        if any(t.noisy or t.parted for t in plan.tensors)
+        else None,
         "lineage": lineage(plan),
         "notation": {t.parameter: t.notation for t in plan.tensors},
         "learning_rate_multipliers": {t.parameter: t.learning_rate_multiplier for t in plan.tensors},

@@ -11,7 +11,7 @@ from rich.table import Table
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import CONTEXT_LENGTH, TRAINING_BYTES, ModelFigures
 from gdagrow.errors import RecipeError
-from gdagrow.targets.budget import Arm, Comparison, compare_arms, parse_budget
+from gdagrow.targets.budget import NEAREST_TO_BUDGET, Arm, Comparison, compare_arms, parse_budget
 from gdagrow.units import bytes_text, count_text
 from gdagrow_cli.console import print_json, print_unbroken, stdout_console
 from gdagrow_cli.figures_view import HEADING
@@ -86,6 +86,9 @@ def _print(console: Console, checkpoint: Path, comparison: Comparison) -> None:
         table.add_row(name, *(text(number(arm.model)) for _, _, number, text in _COLUMNS))
     console.print(table)
     console.print()
+    shares = [f"{name} {arm.model.num_parameters / comparison.budget:.2f} of it"
+              for name, arm in comparison.arms.items() if name in NEAREST_TO_BUDGET]  # fmt: skip
+    console.print(f"nearest to the budget: {', '.join(shares)}")
     for line in _CAPTION:
         console.print(line, style="dim")
     console.print()

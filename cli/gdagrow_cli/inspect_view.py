@@ -66,8 +66,10 @@ def _growth_sentence(growth: Mapping[str, Any]) -> str:
     done += [f"{key} {value}" for key, value in growth["settings"].items()]
     done += ["untied"] * growth["untied"]
     noise = growth["noise"]
-    copies = "exact copies" if noise is None else f"noise {noise['snr_db']:g} dB down, seed {noise['seed']}"
-    return f"grown from {growth['source']}: {', '.join(done)}; {copies} (gdagrow {growth['gdagrow']})"
+    copies = "; exact copies" if growth["recipe"].get("exact_copies") else ""
+    if noise is not None:
+        copies = f"; noise {noise['snr_db']:g} dB down, seed {noise['seed']}"
+    return f"grown from {growth['source']}: {', '.join(done)}{copies} (gdagrow {growth['gdagrow']})"
 
 
 def _times(value: Any) -> str:

@@ -59,12 +59,12 @@ def _done(growth: Node) -> Iterator[str]:
         done.append(f"of which {escaped(', '.join(map(str, new)))} {'is' if len(new) == 1 else 'are'} new")
     done += [f"{escaped(key)} {escaped(str(value))}" for key, value in growth["settings"].value.items()]
     done += ["embeddings untied"] * growth["untied"].value
-    yield f"Grown from <b>{escaped(growth['source'].value)}</b>: {', '.join(done)}; "
+    yield f"Grown from <b>{escaped(growth['source'].value)}</b>: {', '.join(done)}"
     if noise := growth["noise"]:
         down, seed = figure_text(noise["snr_db"], "{:g}".format), figure_text(noise["seed"], str)
-        yield f"copies parted by zero-sum noise {down} dB below the weights, seed {seed}"
-    else:
-        yield "exact copies"
+        yield f"; copies parted by zero-sum noise {down} dB below the weights, seed {seed}"
+    elif growth["recipe"].value.get("exact_copies"):
+        yield "; exact copies"
     recipe = ", ".join(f"{key}: {value}" for key, value in growth["recipe"].value.items())
     version = escaped(growth["gdagrow"].value)
     yield f' <span class="aside">(recipe <code>{escaped(recipe)}</code>, gdagrow {version})</span>.'

@@ -31,6 +31,9 @@ from gdagrow.views.convert import as_motif
 LARGEST_FACTOR: Final = 8
 LARGEST_SKEW: Final = 2
 
+# The arms that are held against the budget itself, not against the uniform one.
+NEAREST_TO_BUDGET: Final = ("uniform", "differentiated")
+
 # What of a model is to be equal.
 Measure = Callable[[ModelFigures], int]
 _PARAMETERS: Final[Measure] = attrgetter("num_parameters")

@@ -70,8 +70,13 @@ def test_a_recipe_is_immutable() -> None:
         ({"to": "motif", "uniform": 2, "embeddings": "untie"}, "to-motif-uniform-x2-untied"),
         (
             SHIPPED["motif-2.6b-to-12.7b"],
-            "signal-x4-hidden-x2-ffn-x2-depth-plus-8-theta-1e+06-context-32768-untied",
+            "signal-x4-hidden-x2-ffn-x2-depth-plus-8-theta-1000000-context-32768-untied",
         ),
+        ({"insert": "after:1,3"}, "depth-plus-2-after-1-3"),
+        ({"layers": 6, "insert": "top"}, "layers-6-top"),
+        ({"depth": 2, "insert": "even"}, "depth-plus-2"),
+        ({"signal": "4:1", "select": "norm"}, "ratio-4to1-by-norm"),
+        ({"signal": "4:1", "select": "given:heads.yaml"}, "ratio-4to1-given"),
     ],
 )
 def test_labels(values: dict[str, Any], label: str) -> None:

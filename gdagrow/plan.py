@@ -123,12 +123,13 @@ class GrowthPlan:
 
     @property
     def changed_keys(self) -> dict[str, tuple[Any, Any]]:
-        """Keys of the config that are no sizes and that the recipe changes, with both values."""
+        """Keys of the config that are no sizes and that the recipe changes, with both values; `absent` for none."""
         before = {"rope_theta": rope_theta(self.header.config)}
         after = {"rope_theta": rope_theta(self.config)}
         for config, found in ((self.header.config, before), (self.config, after)):
             found["max_position_embeddings"] = config.get("max_position_embeddings")
-        return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+        changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+        return {key: ("absent" if old is None else old, new) for key, (old, new) in changed.items()}
 
     @property
     def converted_from(self) -> str | None:

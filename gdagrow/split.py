@@ -59,10 +59,14 @@ class Noise:
         """Multiply some rows of a block of `num_rows` by random numbers around 1, in place; of one copy of the rows."""
         words = torch.empty((num_rows, weights.shape[1]), dtype=torch.int32)
         words.random_(generator=self.generator(f"{tensor}/copy {copy}", block))
-        factors = words[rows].double().sub_(2.0**30).mul_(2.0**-30 * sqrt(3.0) * self.amplitude).add_(1.0)
+        factors = words[rows].to(torch.promote_types(weights.dtype, torch.float32))
+        factors.sub_(2.0**30).mul_(2.0**-30 * sqrt(3.0) * self.amplitude).add_(1.0)
         largest = torch.finfo(weights.dtype).max
-        disturbed = (weights.double() * factors).clamp_(-largest, largest).to(weights.dtype)
-        weights.copy_(torch.where(weights.isfinite(), disturbed, weights))
+        disturbed = factors.mul_(weights).clamp_(-largest, largest)
+        # What is not finite is passed on.
+        weights.copy_(
+            disturbed if _all_zero(weights - weights) else torch.where(weights.isfinite(), disturbed, weights)
+        )
 
 
 def words_of(seed: int, tensor: str, block: int) -> torch.Generator:

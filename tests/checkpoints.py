@@ -2,13 +2,13 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gdagrow.archs.motif import Motif
 from gdagrow.models.gda import load_model
@@ -143,6 +143,18 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     for path, content in files.items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_bytes(content)
+
+
+def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the weights of a checkpoint of one file, in place."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **keys: Any) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def listing(directory: Path) -> dict[str, bytes | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gdagrow.errors import CheckpointError, CompareError
@@ -22,7 +22,7 @@ from gdagrow.verify import tensors
 from gdagrow.verify.logits import compare
 from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import edit, edit_json, write_checkpoint
 from tests.growths import grow
 
 Tensors = dict[str, Tensor]
@@ -165,16 +165,6 @@ MUTATIONS: tuple[tuple[Callable[[Tensors], None], str, tuple[str, ...], Part], .
     (part_lost, M + "gate_proj.weight", (), (0, "mlp", "None")),
     (not_finite, M + "act_fn.weight", (), (0, "mlp", "None")),
 )  # fmt: skip
-
-
-def edit(directory: Path, change: Callable[[Tensors], None]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_json(path: Path, **keys: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 @pytest.mark.parametrize(

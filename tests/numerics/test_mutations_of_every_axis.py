@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from gdagrow.verify.logits import compare
 from gdagrow.verify.pair import read_pair
 from gdagrow.verify.tokens import random_tokens
 from gdagrow.verify.weights import check_weights
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import edit, edit_json, write_checkpoint
 from tests.command import call
 from tests.diffllama import save_diffllama
 from tests.growths import EPS, grow
@@ -50,16 +49,6 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(right: Path, tmp_path: Path) -> tuple[Path, Path]:
     shutil.copytree(right / "grown", tmp_path / "grown")
     return right / "source", tmp_path / "grown"
-
-
-def edit(directory: Path, change: Callable[[Tensors], None]) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_json(path: Path, **keys: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def edit_lineage(directory: Path, **keys: Any) -> None:

@@ -104,11 +104,22 @@ class OptimizerSettings(_Strict):
 
 
 class Schedule(_Strict):
-    """The learning rate over the steps: up from 0 within `warm_up` steps, then down to `final` times the peak."""
+    """The learning rate over the steps: up from 0 within `warm_up` steps, then down to `final` times the peak.
 
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    kind: `wsd` (warm up, stay, decay) stays at the peak and goes down linearly in the last `decay` steps, so that runs
+        of any length are the same until there: a growth is tried on several continuations of one run.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warm_up: Steps = 0
+    decay: Count | None = None
     final: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> "Schedule":
+        if (self.kind == "wsd") != (self.decay is not None):
+            raise ValueError(f"decay, in steps, goes with kind wsd and with no other, got kind {self.kind}")
+        return self
 
 
 class Freeze(_Strict):
@@ -255,13 +266,14 @@ def make_train_recipe(values: Mapping[str, Any], origin: str) -> TrainRecipe:
     try:
         return TrainRecipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{origin}: " + "; ".join(_told(item) for item in error.errors())) from None
+        raise RecipeError(f"{origin}: " + "; ".join(told_mistake(item) for item in error.errors())) from None
 
 
-def _told(item: Any) -> str:
+def told_mistake(item: Any) -> str:
+    """What pydantic found wrong, in words."""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {where!r}, which no part of a training recipe has"
+        return f"unknown key {where!r}, which no part of such a recipe has"
     if item["type"] == "missing":
         return f"{where} is missing"
     message = item["msg"].removeprefix("Value error, ")

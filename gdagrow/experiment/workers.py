@@ -1,0 +1,157 @@
+"""Processes of one thread each that run jobs; none outlives the process that started them by more than a step."""
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Final
+
+from gdagrow.errors import GdagrowError, TrainError
+from gdagrow.experiment.jobs import Job, run_job
+
+_LOCK: Final = ".lock"
+_WORKERS_LOCK: Final = ".workers.lock"
+_OMP: Final = {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that is done, or why it is not; `unexpected` if that is no mistake of a user's."""
+
+    job: Job
+    error: str | None
+    unexpected: bool = False
+
+
+class Workers:
+    """Processes that take jobs, while `with` lasts.
+
+    Args:
+        count: How many.
+        experiment: Its directory, which `alone_in` has locked.
+    """
+
+    def __init__(self, count: int, experiment: Path) -> None:
+        self._count, self._experiment = count, experiment
+        self._idle: list[tuple[Any, Connection]] = []
+        self._busy: dict[Connection, tuple[Any, Job]] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, connection in [*self._idle, *((process, c) for c, (process, _) in self._busy.items())]:
+            process.kill()  # a run's states are whole at any moment
+            process.join()
+            connection.close()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a job would begin at once."""
+        return len(self._busy) < self._count
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job is under way."""
+        return bool(self._busy)
+
+    def begin(self, job: Job) -> None:
+        """Give a job to a process that is free."""
+        process, connection = self._idle.pop() if self._idle else self._started()
+        connection.send(job)
+        self._busy[connection] = process, job
+
+    def wait(self, tick: Callable[[Job, int], None]) -> Finished:
+        """Wait for the next job that is done, and tell of steps meanwhile.
+
+        Raises:
+            TrainError: a process was killed.
+        """
+        while True:
+            for connection in wait(list(self._busy)):
+                assert isinstance(connection, Connection)
+                process, job = self._busy[connection]
+                try:
+                    message = connection.recv()
+                except EOFError:
+                    process.join()
+                    raise TrainError(
+                        f"{job.told}: its process was killed (exit code {process.exitcode}); the same command goes on"
+                    ) from None
+                if isinstance(message, int):
+                    tick(job, message)
+                    continue
+                del self._busy[connection]
+                self._idle.append((process, connection))
+                return Finished(job, *message)
+
+    def _started(self) -> tuple[Any, Connection]:
+        context = get_context("spawn")  # a fork of a process with torch's threads may hang
+        ours, theirs = context.Pipe()
+        before = {key: os.environ.get(key) for key in _OMP}
+        os.environ.update(_OMP)  # read when the new process imports torch
+        try:
+            process = context.Process(target=_work, args=(theirs, os.getpid(), self._experiment), daemon=True)
+            process.start()
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
+        theirs.close()
+        return process, ours
+
+
+def _work(connection: Connection, parent: int, experiment: Path) -> None:
+    """Run jobs until there is no one left to ask for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, to all processes; the parent ends this one
+    import torch
+
+    torch.set_num_threads(1)
+    with (experiment / _WORKERS_LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        while True:
+            try:
+                job = connection.recv()
+            except EOFError:
+                return
+            connection.send(_outcome(job, lambda step: _tick(connection, parent, step)))
+
+
+def _tick(connection: Connection, parent: int, step: int) -> None:
+    if os.getppid() != parent:  # it was killed, and another may want this run
+        os._exit(1)
+    connection.send(step)
+
+
+def _outcome(job: Job, tick: Callable[[int], None]) -> tuple[str | None, bool]:
+    try:
+        run_job(job, tick)
+    except GdagrowError as error:
+        return str(error), False
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", True
+    return None, False
+
+
+@contextmanager
+def alone_in(experiment: Path) -> Iterator[None]:
+    """Hold an experiment's directory, once no process of an earlier one works in it any more.
+
+    Raises:
+        TrainError: another one has it.
+    """
+    with (experiment / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainError(f"{experiment}: another process runs this experiment; wait for it or stop it") from None
+        with (experiment / _WORKERS_LOCK).open("w") as workers:
+            fcntl.flock(workers, fcntl.LOCK_EX)
+        yield

@@ -160,7 +160,9 @@ def _with_flops(recipe: ExperimentRecipe, arm: Arm, wanted: int) -> Arm:
             "where it grows; grow it earlier, or match another arm"
         )
     changed = {**arm.recipe.as_dict(), "steps": steps}
-    if (decay := arm.recipe.schedule.decay) is not None:  # the same share of what is left, so the schedule keeps its shape
+    if (
+        decay := arm.recipe.schedule.decay
+    ) is not None:  # the same share of what is left, so the schedule keeps its shape
         share = (steps - last.begin) / (arm.recipe.steps - last.begin)
         changed = merged(changed, {"schedule": {"decay": max(1, round(decay * share))}})
     return _resolved(recipe, arm.name, changed)

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from gdagrow.experiment.arms import Arm
 from gdagrow.experiment.jobs import MAPS_FILE, Job, lines_of
-from gdagrow.experiment.results import Comparison, Maps, Results, Run, Text
 from gdagrow.experiment.results import Arm as MeasuredArm
+from gdagrow.experiment.results import Comparison, Maps, Results, Run, Text
 from gdagrow.experiment.runs import Experiment, final_loss
 from gdagrow.experiment.statistics import detectable
 from gdagrow.experiment.text import PreparedText
@@ -22,7 +22,9 @@ _PACKAGES: Final = ("gdagrow", "torch", "transformers", "accelerate", "numpy", "
 _TRANSIENT_STEPS: Final = 20
 
 
-def gather(experiment: Experiment, texts: Mapping[str, PreparedText], *, name: str, scale: str, command: str) -> Results:
+def gather(
+    experiment: Experiment, texts: Mapping[str, PreparedText], *, name: str, scale: str, command: str
+) -> Results:
     """Everything that is known so far.
 
     Args:

@@ -134,10 +134,10 @@ def _fork(job: Job, source: Path) -> None:
 
 
 def _measured_maps(job: Job) -> list[dict[str, Any]]:
+    import torch
+
     from gdagrow.experiment.maps import measure_maps
     from gdagrow.train.data import open_tokens
-
-    import torch
 
     vocab = 2**16  # a bound; the training has looked at every token
     _, held_out = open_tokens(job.recipe.data, job.directory / TOKENS, job.recipe.context_length, vocab)

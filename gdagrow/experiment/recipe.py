@@ -89,7 +89,9 @@ class ArmSpec(_Strict):
         if self.growth is None and self.multipliers:
             raise ValueError("multipliers are of a growth, and the arm has none")
         if self.grown_from is not None and (self.config or self.text or self.context_length or self.batch_size):
-            raise ValueError("an arm that goes on from another one has its config, text, context and batches; leave out")
+            raise ValueError(
+                "an arm that goes on from another one has its config, text, context and batches; leave out"
+            )
         if self.flops is not None and self.steps is not None:
             raise ValueError("flops chooses the steps; leave one of them out")
         return self
@@ -166,8 +168,11 @@ class ExperimentRecipe(_Strict):
         return self
 
     def _require_names(self) -> None:
-        named = [(f"arms.{name}.{key}", other) for name, arm in self.arms.items()
-                 for key, other in (("from", arm.grown_from), ("parameters", arm.parameters), ("flops", arm.flops))]
+        named = [
+            (f"arms.{name}.{key}", other)
+            for name, arm in self.arms.items()
+            for key, other in (("from", arm.grown_from), ("parameters", arm.parameters), ("flops", arm.flops))
+        ]
         named += [(f"comparisons ({spec.told})", arm) for spec in self.comparisons
                   for arm in (spec.reference, *spec.arms)]  # fmt: skip
         for where, other in named:

@@ -128,7 +128,9 @@ class Experiment:
         """The run of an arm with a seed."""
         maps = self.recipe.maps
         is_mapped = maps is not None and seed in self.recipe.seeds[: maps.seeds]
-        kept = tuple(sorted({other.fork for other in self.arms.values() if other.spec.grown_from == arm.name and other.fork}))
+        kept = tuple(
+            sorted({other.fork for other in self.arms.values() if other.spec.grown_from == arm.name and other.fork})
+        )
         recipe = arm.at(rate, seed)
         if kept or is_mapped:  # all states stay until the run is done
             recipe = recipe.model_copy(update={"keep": recipe.steps // recipe.save_every + 3})

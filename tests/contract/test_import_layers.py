@@ -16,6 +16,7 @@ ORDER = (
     "archs", "lambda_init", "views", "rows", "formats", "dcp", "dcp_tensors", "checkpoint", "reading", "row_files",
     "selection", "asked", "plan", "hints", "record", "units", "layout", "costs", "targets", "output", "streaming",
     "states", "expand", "growing", "format_conversion", "models", "export", "verify", "report", "train",
+    "experiment",
 )  # fmt: skip
 # Stricter than the order: these stand beside the growth of tensors and know nothing of it.
 ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats", "lambda_init"},

@@ -7,8 +7,8 @@ from typing import Any
 
 from gdagrow.errors import RecipeError
 from gdagrow.experiment.recipe import ArmSpec, ExperimentRecipe, Fields, merged
-from gdagrow.train.dry_run import forecast
-from gdagrow.train.recipe import FIXED, MidRunGrowth, TrainRecipe, make_train_recipe
+from gdagrow.train.dry_run import Leg, forecast, headers_of
+from gdagrow.train.recipe import FIXED, TrainRecipe, make_train_recipe
 from gdagrow.train.schedule import learning_rate_factor
 
 TRAINING_FILE, HELD_OUT_FILE = "train.bin", "held-out.bin"
@@ -20,8 +20,9 @@ class Arm:
 
     recipe: Its training recipe with the learning rate of `base` and seed 0.
     config: Of the model at the end.
-    source_parameters, parameters: Of the model at the start and at the end.
+    parameters: Of the model at the end.
     flops: Of its whole training, that of the arm it goes on from included.
+    own_flops: Without that.
     """
 
     name: str
@@ -29,9 +30,9 @@ class Arm:
     text: str
     recipe: TrainRecipe
     config: Mapping[str, Any]
-    source_parameters: int
     parameters: int
     flops: int
+    own_flops: int
 
     @property
     def tokens(self) -> int:
@@ -110,16 +111,18 @@ def _resolved(recipe: ExperimentRecipe, name: str, fields: Mapping[str, Any]) ->
         text=recipe.text_of(recipe.arms[name]),
         recipe=made,
         config=final_config(made),
-        source_parameters=legs[0].model.num_parameters,
         parameters=legs[-1].model.num_parameters,
-        flops=sum(leg.flops_per_step * (leg.end - leg.begin) for leg in legs),
+        flops=sum(_flops(leg) for leg in legs),
+        own_flops=_flops(legs[-1]),
     )
+
+
+def _flops(leg: Leg) -> int:
+    return leg.flops_per_step * (leg.end - leg.begin)
 
 
 def final_config(recipe: TrainRecipe) -> Mapping[str, Any]:
     """The config of the model at the end of a run."""
-    from gdagrow.train.dry_run import headers_of
-
     return headers_of(recipe, 1)[-1].config
 
 
@@ -132,8 +135,8 @@ def _with_parameters(recipe: ExperimentRecipe, arm: Arm, wanted: int) -> Arm:
     smallest = int(arm.recipe.model.config["intermediate_size"]) if arm.spec.growth and arm.recipe.model.config else 1
     if chosen < smallest:
         raise RecipeError(
-            f"arm {arm.name}: with the smallest FFN it has {arm.parameters + (smallest - ffn) * per_unit:,} parameters, "
-            f"more than the {wanted:,} of {arm.spec.parameters}; give that arm a larger FFN"
+            f"arm {arm.name}: with the smallest FFN it has {arm.parameters + (smallest - ffn) * per_unit:,} "
+            f"parameters, more than the {wanted:,} of {arm.spec.parameters}; give that arm a larger FFN"
         )
     return _with_ffn(recipe, arm, chosen)
 
@@ -191,8 +194,3 @@ def _require_shared_beginning(arm: Arm, arms: Mapping[str, Arm]) -> None:
 
 def _checked(recipe: TrainRecipe, changes: Fields, origin: str) -> TrainRecipe:
     return make_train_recipe({**recipe.as_dict(), **changes}, origin)
-
-
-def growth_of(arm: Arm) -> MidRunGrowth | None:
-    """The growth of an arm as its run has it, with the FFN that was chosen."""
-    return arm.recipe.growth[0] if arm.recipe.growth else None

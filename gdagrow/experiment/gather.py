@@ -84,7 +84,8 @@ def _measured_arm(arm: Arm, rate: float) -> MeasuredArm:
         flops=float(arm.flops),
         learning_rate=rate,
         grown_from=arm.spec.grown_from,
-        growth=growth and {"at": growth.at, "expand": growth.expand.as_dict(), "moments": growth.moments,
+        growth=None if growth is None else {"at": growth.at, "expand": growth.expand.as_dict(),
+                           "moments": growth.moments,
                            "schedule": growth.schedule, "rewarm_up": growth.rewarm_up,
                            "multipliers": arm.recipe.multipliers},
     )  # fmt: skip

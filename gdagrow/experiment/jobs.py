@@ -33,7 +33,7 @@ class Job:
     directory: Its run directory. recipe: Its training recipe.
     forked_from, fork_at: The run, and its step, from whose state it goes on.
     states_kept: Steps whose states stay when it is done, because others go on from them.
-    map_every, map_sequences: Steps between two measurements of its attention maps, and on how many sequences; 0 for none.
+    map_every, map_sequences: Steps between two measurements of its attention maps, and sequences for it; 0 for none.
     may_diverge: Whether a loss that is not finite is a result, as in a sweep of learning rates.
     """
 
@@ -70,8 +70,8 @@ def require_same(job: Job) -> None:
     # A fork that has not begun yet has the recipe of the run that it goes on from.
     if differ and (job.is_done or job.forked_from is None):
         raise TrainError(
-            f"{job.directory} was run with another {', '.join(differ)} than the recipe says; remove it to run it again, or "
-            "choose another --out"
+            f"{job.directory} was run with another {', '.join(differ)} than the recipe says; remove it to run it "
+            "again, or choose another --out"
         )
 
 

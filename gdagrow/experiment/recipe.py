@@ -66,6 +66,7 @@ class ArmSpec(_Strict):
     text, context_length, batch_size, steps: Other than those of `base`; the first text if left out.
     parameters: Choose the FFN, of the model or of what it grows into, so that it has as many parameters as this arm.
     flops: Choose the steps so that training takes as many FLOPs as this arm's.
+    learning_rate_of: Take the learning rate of this arm, which is of the same size, and sweep none.
     grown_from: The arm that it goes on from, where its growth is (`from` in YAML).
     growth, multipliers: As in a training recipe, one growth.
     """
@@ -78,6 +79,7 @@ class ArmSpec(_Strict):
     steps: Count | None = None
     parameters: str | None = None
     flops: str | None = None
+    learning_rate_of: str | None = None
     grown_from: str | None = Field(default=None, alias="from")
     growth: MidRunGrowth | None = None
     multipliers: bool = False
@@ -88,7 +90,9 @@ class ArmSpec(_Strict):
             raise ValueError("from and growth go together: an arm that grows goes on from a run of another arm")
         if self.growth is None and self.multipliers:
             raise ValueError("multipliers are of a growth, and the arm has none")
-        if self.grown_from is not None and (self.config or self.text or self.context_length or self.batch_size):
+        if self.grown_from is not None and (
+            self.config or self.text or self.context_length or self.batch_size or self.learning_rate_of
+        ):
             raise ValueError(
                 "an arm that goes on from another one has its config, text, context and batches; leave out"
             )
@@ -183,6 +187,8 @@ class ExperimentRecipe(_Strict):
                 raise ValueError(f"arms.{name}: there is no text {arm.text!r}, only {', '.join(self.texts)}")
             if arm.grown_from and self.arms[arm.grown_from].grown_from:
                 raise ValueError(f"arms.{name}: {arm.grown_from} goes on from another arm itself; name that one")
+            if (other := arm.learning_rate_of) and (self.arms[other].learning_rate_of or self.arms[other].grown_from):
+                raise ValueError(f"arms.{name}: {other} has its learning rate of another arm itself; name that one")
             for other in (arm.parameters, arm.flops):
                 if other and (self.arms[other].parameters or self.arms[other].flops):
                     raise ValueError(f"arms.{name}: {other} is matched to another arm itself; name that one")
@@ -198,7 +204,7 @@ def read_experiment(path: Path, scale: str | None = None) -> ExperimentRecipe:
     """Read an experiment from a YAML file, at one of the scales that it has.
 
     Raises:
-        RecipeError: it cannot be read, has no such scale, or is no experiment: every field that is wrong, in one sentence.
+        RecipeError: it cannot be read, has no such scale, or is no experiment: all that is wrong, in one sentence.
     """
     values, origin = read_recipe(path), f"recipe {path}"
     if scale is not None:

@@ -65,8 +65,8 @@ class Experiment:
         lengths = {arm.recipe.context_length for arm in self.arms.values() if arm.text == name}
         if wrong := [length for length in lengths if max(lengths) % length]:
             raise TrainError(
-                f"text {name}: context_length {wrong[0]} does not divide {max(lengths)}, that of another arm, so the two "
-                "could not be held against the same text; choose multiples"
+                f"text {name}: context_length {wrong[0]} does not divide {max(lengths)}, that of another arm, so the "
+                "two could not be held against the same text; choose multiples"
             )
         return prepare_text(
             source.documents, source.kind, self.directory / TEXTS / name, held_out=source.held_out,
@@ -76,7 +76,7 @@ class Experiment:
     # Jobs
 
     def sweep(self) -> list[Job]:
-        """The sweep of learning rates, which arms that go on from another one leave to that one."""
+        """The sweep of learning rates, for every arm that does not take that of another one."""
         tune = self.recipe.tune
         if tune is None:
             return []
@@ -87,7 +87,7 @@ class Experiment:
                 arm.at(rate, tune.seed, steps=tune.steps),
                 may_diverge=True,
             )
-            for arm in self.arms.values() if arm.fork is None for rate in tune.learning_rates
+            for name, arm in self.arms.items() if self._swept(name) == name for rate in tune.learning_rates
         ]  # fmt: skip
 
     def tuning(self) -> dict[str, dict[float, float]]:
@@ -109,7 +109,7 @@ class Experiment:
         found = {}
         tuning = self.tuning()
         for name, arm in self.arms.items():
-            swept = tuning.get(arm.spec.grown_from or name)
+            swept = tuning.get(self._swept(name))
             if swept and min(swept.values()) == inf:
                 raise TrainError(f"arm {name}: every learning rate of its sweep diverged; give lower ones")
             found[name] = min(swept, key=lambda rate: (swept[rate], rate)) if swept else (
@@ -117,8 +117,13 @@ class Experiment:
             )  # fmt: skip
         return found
 
+    def _swept(self, name: str) -> str:
+        """The arm whose sweep decides the learning rate of another one."""
+        spec = self.recipe.arms[name]
+        return self._swept(spec.grown_from) if spec.grown_from else spec.learning_rate_of or name
+
     def runs(self) -> list[Job]:
-        """Every arm with every seed, seed by seed, so that what is done is balanced whenever it ends; needs the sweep."""
+        """Every arm with every seed, seed by seed: what is done is balanced whenever it ends. Needs the sweep."""
         rates = self.learning_rates()
         first = [arm for arm in self.arms.values() if arm.fork is None]
         forks = [arm for arm in self.arms.values() if arm.fork is not None]

@@ -11,6 +11,9 @@ from gdagrow.train.dry_run import Leg, forecast, headers_of
 from gdagrow.train.recipe import FIXED, TrainRecipe, make_train_recipe
 from gdagrow.train.schedule import learning_rate_factor
 
+# GPUs multiply matrices fast whose sizes are multiples of this, and a wide FFN is fine enough in such units.
+_WIDE_UNIT, _WIDE = 8, 1024
+
 TRAINING_FILE, HELD_OUT_FILE = "train.bin", "held-out.bin"
 
 
@@ -131,7 +134,8 @@ def _with_parameters(recipe: ExperimentRecipe, arm: Arm, wanted: int) -> Arm:
     ffn = int(arm.config["intermediate_size"])
     more = _with_ffn(recipe, arm, ffn + 1)
     per_unit = more.parameters - arm.parameters
-    chosen = ffn + round((wanted - arm.parameters) / per_unit)
+    unit = _WIDE_UNIT if ffn >= _WIDE else 1
+    chosen = round((ffn + (wanted - arm.parameters) / per_unit) / unit) * unit
     smallest = int(arm.recipe.model.config["intermediate_size"]) if arm.spec.growth and arm.recipe.model.config else 1
     if chosen < smallest:
         raise RecipeError(

@@ -90,11 +90,11 @@ class ArmSpec(_Strict):
             raise ValueError("from and growth go together: an arm that grows goes on from a run of another arm")
         if self.growth is None and self.multipliers:
             raise ValueError("multipliers are of a growth, and the arm has none")
-        if self.grown_from is not None and (
-            self.config or self.text or self.context_length or self.batch_size or self.learning_rate_of
-        ):
+        given = (self.config, self.text, self.context_length, self.batch_size, self.learning_rate_of)
+        if self.grown_from is not None and any(given):
             raise ValueError(
-                "an arm that goes on from another one has its config, text, context and batches; leave out"
+                "an arm that goes on from another one has its config, text, context, batches and learning rate; leave "
+                "them out"
             )
         if self.flops is not None and self.steps is not None:
             raise ValueError("flops chooses the steps; leave one of them out")

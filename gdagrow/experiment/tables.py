@@ -197,7 +197,9 @@ def _growth(results: Results) -> str:
 
 
 def _fields(growth: Mapping[str, Any] | None) -> str:
-    told = (f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in (growth or {}).items())
+    told = []
+    for key, value in sorted((growth or {}).items()):  # the order of what was read from a file, whatever it was before
+        told.append(f"{key} {value if isinstance(value, str) else json.dumps(value, sort_keys=True)}")
     return _plain(", ".join(told)) or _NOTHING
 
 

@@ -257,9 +257,10 @@ def _of_run(run: Run, arms: Iterable[str], seeds: Iterable[int]) -> Iterator[str
     yield from _unknown(where, "figure of growth", run.growth or (), GROWTH_FIGURES)
     found = {key: None for maps in run.maps for layer in maps.layers for key in layer}
     yield from _unknown(where, "figure of maps", found, MAP_FIGURES)
-    depths = {len(maps.layers) for maps in run.maps}
-    if len(depths) > 1 or 0 in depths:
-        yield f"{where}: maps of {' and '.join(map(str, sorted(depths)))} layers, expected equally many at every look"
+    if len({frozenset(layer) for maps in run.maps for layer in maps.layers}) > 1:
+        yield f"{where}: maps whose layers have different figures"
+    if not all(maps.layers for maps in run.maps):
+        yield f"{where}: maps of no layer"
 
 
 def _unknown(where: str, kind: str, found: Iterable[object], known: Iterable[object]) -> Iterator[str]:

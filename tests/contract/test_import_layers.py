@@ -27,7 +27,12 @@ TERMINAL, MAY_DRAW = {"typer", "click", "rich", "gdagrow_cli"}, {"train/demo.py"
 INSIDE_FUNCTIONS = {"transformers", "accelerate", "datasets", "tokenizers", "ruamel", "matplotlib", "scipy"}
 # The modules made for one of these, which nothing imports that does without it.
 NAMED_FOR = {
-    "matplotlib": {"report/panel.py", "report/charts.py", "report/head_maps.py", "experiment/plots.py"},
+    "matplotlib": {
+        "report/panel.py",
+        "report/charts.py",
+        "report/head_maps.py",
+        *(f"experiment/{name}.py" for name in ("plots", "difference_plot", "look")),
+    },
     "transformers": {
         *(f"models/{name}.py" for name in ("hf", "hf_config", "hf_layers", "hf_model")),
         *(f"train/{name}.py" for name in ("building", "callbacks", "engine", "flow", "health_callback", "run")),

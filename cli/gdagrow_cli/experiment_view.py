@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gdagrow.experiment.arms import Arm
 from gdagrow.experiment.jobs import Job
 from gdagrow.experiment.recipe import read_experiment
 from gdagrow.experiment.runs import Experiment
+from gdagrow.experiment.statistics import detectable
 from gdagrow.units import count_text, flops_text
 from gdagrow_cli.console import print_error, print_json, print_unbroken, stderr_console, stdout_console
 from gdagrow_cli.plan_view import print_section
@@ -49,6 +51,7 @@ class Chosen:
         Raises:
             GdagrowError: the recipe cannot be read, or an arm cannot be made.
         """
+        _require_packages()
         return Experiment.planned(read_experiment(self.recipe, self.scale), self.out)
 
 
@@ -83,10 +86,10 @@ def run_experiment(chosen: Chosen, num_workers: int | None, *, as_json: bool, qu
     Raises:
         GdagrowError: the recipe, a text or the directory cannot be used.
     """
-    _require_packages()
-    from gdagrow.experiment.page import write_report
-
+    warnings.filterwarnings("ignore", category=FutureWarning)
     from gdagrow.experiment.gather import gather
+    from gdagrow.experiment.page import TABLES, write_report
+    from gdagrow.experiment.results import RESULTS_FILE, write_results
 
     experiment, out = chosen.planned(), chosen.out
     texts = experiment.prepare_texts()
@@ -99,6 +102,7 @@ def run_experiment(chosen: Chosen, num_workers: int | None, *, as_json: bool, qu
     results = gather(
         experiment, texts, name=chosen.recipe.stem, scale=chosen.scale or "default", command=chosen.command
     )
+    write_results(results, out / RESULTS_FILE)
     write_report(results, out)
     if stopped is not None:
         told = f"{len(results.runs)} of {results.num_planned} runs are done and in {out}; the same command goes on"
@@ -106,7 +110,7 @@ def run_experiment(chosen: Chosen, num_workers: int | None, *, as_json: bool, qu
     if as_json:
         print_json({"out": str(out), "runs": len(results.runs), "planned": results.num_planned, "failed": failed})
     elif not quiet:
-        print_unbroken(stdout_console(), f"wrote {out / 'results.json'}, tables.md and plots")
+        print_unbroken(stdout_console(), f"wrote {out / RESULTS_FILE}, {TABLES} and figures beside them")
     if failed:
         for error in failed:
             print_error(error)
@@ -114,9 +118,6 @@ def run_experiment(chosen: Chosen, num_workers: int | None, *, as_json: bool, qu
 
 
 def _require_packages() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from importlib.util import find_spec
-
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise TrainError(f"experiments need the packages {', '.join(missing)}: pip install 'gdagrow[experiment]'")
 
@@ -128,6 +129,7 @@ def _as_dict(experiment: Experiment) -> dict[str, Any]:
     recipe = experiment.recipe
     return {
         "seeds": list(recipe.seeds),
+        "planned": {"sd": recipe.planned.sd, "detectable": detectable(recipe.planned.sd, len(recipe.seeds))},
         "runs": len(experiment.arms) * len(recipe.seeds),
         "sweep_runs": len(experiment.sweep()),
         "flops": _all_flops(experiment),
@@ -169,6 +171,11 @@ def _print_plan(console: Console, experiment: Experiment) -> None:
     before = f"{sweep} short runs for the learning rates, then " if sweep else ""
     num_runs = len(experiment.arms) * len(recipe.seeds)
     console.print(f"{before}{num_runs} runs, {flops_text(_all_flops(experiment))} in all")
+    sd, seeds = recipe.planned.sd, len(recipe.seeds)
+    seen = detectable(sd, seeds)
+    console.print(
+        f"with {seeds} seeds and a paired deviation of {sd:g}, differences of {seen:.2g} are seen (power 80%)"
+    )
 
 
 def _heads(arm: Arm) -> str:

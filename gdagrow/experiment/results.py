@@ -13,6 +13,8 @@ from gdagrow.errors import CheckpointError, ReportError
 from gdagrow.formats.atomic_file import write_whole
 from gdagrow.formats.strict_json import parse_object
 
+RESULTS_FILE: Final = "results.json"
+
 # What `Maps`, a run's growth and `planned` may hold.
 MAP_FIGURES: Final = (
     "signal_entropy", "noise_entropy", "difference_entropy",

@@ -97,7 +97,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], told: str, tmp_path:
         (with_arms(lone={**GROWN, "from": "signal"}), "arms.lone: signal goes on from another arm itself; name that"),
         (with_arms(lone={"told": "x", "parameters": "other"}, other={"told": "x", "parameters": "none"}),
          "arms.lone: other is matched to another arm itself"),
-        (with_arms(lone={**GROWN, "config": {"hidden_size": 8}}), "has its config, text, context, batches and learning"),
+        (with_arms(lone={**GROWN, "config": {"hidden_size": 8}}), "has its config, text, context, batches and"),
         (with_arms(lone={"told": "x", "multipliers": True}), "multipliers are of a growth, and the arm has none"),
         (with_arms(lone={"told": "x", "text": "prose"}), "arms.lone: there is no text 'prose', only code"),
         (with_arms(lone={"told": "x", "steps": 3, "flops": "none"}), "flops chooses the steps"),
@@ -130,4 +130,7 @@ def test_a_scale_is_what_is_other_there(tmp_path: Path) -> None:
 
 
 def test_changes_are_merged_mapping_by_mapping() -> None:
-    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": None, "e": 4}, "d": 5}) == {"a": {"c": 2, "e": 4}, "d": 5}
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": None, "e": 4}, "d": 5}) == {
+        "a": {"c": 2, "e": 4},
+        "d": 5,
+    }

@@ -129,7 +129,7 @@ def _seen(results: Results, found: Sequence[Difference]) -> Iterator[str]:
     typical, seeds = math.sqrt(math.fsum(sd**2 for sd in sds) / len(sds)), len(results.seeds)
     spread = f" ({min(sds):.4f} to {max(sds):.4f})" if len(sds) > 1 else ""
     power = f"{detectable(typical, seeds):.4f} in 80% of experiments" if seeds > 1 else "no size"
-    after = f", {detectable(typical, seeds, comparisons=len(found)):.4f} after Holm's correction for {len(found)}"
+    after = f", {detectable(typical, seeds, comparisons=len(found)):.4f} at the first step of Holm's correction"
     yield (
         f"{made}. Seen: paired standard deviations of {typical:.4f}{spread}, with which {seeds} seeds see a difference "
         f"of {power}{after if len(found) > 1 and seeds > 1 else ''}."
@@ -163,11 +163,17 @@ def _tuning(results: Results) -> str:
         losses = results.tuning[arm.name]
         best = min(losses, key=lambda rate: (losses[rate], float(rate)), default=None)
         ends = {min(losses, key=float), max(losses, key=float)} if losses else set()
-        told = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
-        cells = [f"**{told[rate]}**" if rate == best else told.get(rate, _NOTHING) for rate in rates]
+        cells = [_swept(losses.get(rate), rate == best) for rate in rates]
         rows.append((_plain(arm.told), *cells, f"{arm.learning_rate:g}", "yes" if best in ends else "no"))
     header = ("arm", *rates, "taken", "lowest at an end of the sweep")
-    return f"### Learning rates\n\nHeld-out loss of the sweep, its lowest in bold.\n\n{_table(header, rows)}"
+    told = f"Held-out loss of the sweep, its lowest in bold; `{_NOTHING}` was not tried, or diverged."
+    return f"### Learning rates\n\n{told}\n\n{_table(header, rows)}"
+
+
+def _swept(loss: float | None, lowest: bool) -> str:
+    if loss is None:
+        return _NOTHING
+    return f"**{loss:.4f}**" if lowest else f"{loss:.4f}"
 
 
 def _growth(results: Results) -> str:
@@ -197,10 +203,16 @@ def _growth(results: Results) -> str:
 
 
 def _fields(growth: Mapping[str, Any] | None) -> str:
-    told = []
-    for key, value in sorted((growth or {}).items()):  # the order of what was read from a file, whatever it was before
-        told.append(f"{key} {value if isinstance(value, str) else json.dumps(value, sort_keys=True)}")
-    return _plain(", ".join(told)) or _NOTHING
+    return _plain(", ".join(_flat(growth or {}))) or _NOTHING
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Each field with its value, in the order that a file of them has, whatever it was before."""
+    for key, value in sorted(fields.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield f"{key} {value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _maps(results: Results) -> str:

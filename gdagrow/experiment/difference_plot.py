@@ -59,7 +59,7 @@ def _label(results: Results, arm: Arm, num_runs: int) -> str:
 def _limits(found: Sequence[Difference]) -> tuple[float, float]:
     """What is shown of the differences: all of them, unless an arm lies far out."""
     reach = {difference.arm: max(map(abs, _ends(difference))) for difference in found if difference.values}
-    typical = sorted(reach.values())[(len(reach) - 1) // 2] if reach else 0.0
+    typical = sorted(reach.values())[len(reach) // 2] if reach else 0.0
     kept = [difference for difference in found if reach.get(difference.arm, float("inf")) <= FAR_OUT * typical]
     ends = [0.0, *(end for difference in kept for end in _ends(difference))]
     margin = 0.08 * (max(ends) - min(ends)) or 0.001
@@ -109,8 +109,8 @@ def _columns(axes: Axes, results: Results, rows: Sequence[float], arms: Sequence
     columns: Sequence[tuple[str, float, Callable[[Arm], str]]] = (
         ("loss", 1.14, loss),
         ("parameters", 1.38, lambda arm: count_text(arm.parameters)),
-        ("tokens", 1.57, lambda arm: count_text(arm.tokens)),
-        ("training", 1.83, lambda arm: flops_text(round(arm.flops))),
+        ("tokens", 1.56, lambda arm: count_text(arm.tokens)),
+        ("training", 1.84, lambda arm: flops_text(round(arm.flops))),
     )
     place = axes.get_yaxis_transform()
     for title, x, told in columns:

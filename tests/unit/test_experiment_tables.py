@@ -72,10 +72,10 @@ def test_the_smallest_figure_of_growth() -> None:
 def test_sentences() -> None:
     made = growth_results()
     assert completeness(ratio_results()) == (
-        "Complete: all 40 runs, 8 arms with seeds 0, 1, 2, 3, 4; 6.67 hours on one thread."
+        "Complete: all 40 runs, 8 arms with seeds 0, 1, 2, 3, 4; 6.7 hours on one thread."
     )
     assert completeness(made) == (
-        "**Partial: 13 of 20 runs**, 4 arms with seeds 0, 1, 2, 3, 4; 1.08 hours on one thread so far. What follows "
+        "**Partial: 13 of 20 runs**, 4 arms with seeds 0, 1, 2, 3, 4; 1.1 hours on one thread so far. What follows "
         "may still change. Short of 5 runs: uniform x2 \\| noise at 40 dB (3), from scratch (0)."
     )
     assert "Nothing was stated in advance" in tables(made)
@@ -97,6 +97,16 @@ def test_one_seed() -> None:
     made = ratio_results()
     text = tables(replace(made, seeds=(0,), runs=tuple(run for run in made.runs if run.seed == 0)))
     assert row(text, "2:1")[6:] == ["1.2970", "-0.0030", "-", "-", "-", "1 / 1", "too few seeds"]
+
+
+def test_arms_that_are_told_alike_are_told_apart_by_name() -> None:
+    made = ratio_results()
+    arms = tuple(replace(arm, told="3:1") if arm.name == "r4" else arm for arm in made.arms)
+    text = tables(replace(made, arms=arms))
+    assert "| 3:1 (r3) | grouped differential |" in text
+    assert "| 3:1 (r4) | grouped differential |" in text
+    assert "| 2:1 | grouped differential |" in text
+    assert "| 3:1 (r3) | - | 1.3100 |" in text
 
 
 def test_words_of_a_recipe_change_no_layout() -> None:

@@ -33,13 +33,11 @@ def maps(number: int, seed: int, tokens: int, standard: bool) -> tuple[Maps, ...
         figures = {
             "signal_entropy": 4.0 - 0.2 * step - 0.1 * number + 0.25 * depth + 0.01 * seed,
             "signal_top_5_percent": 0.1 + 0.05 * step + 0.02 * number + 0.05 * depth,
-        }
+            "difference_entropy": 3.9 - 0.22 * step - 0.1 * number, "difference_top_5_percent": 0.2 + 0.05 * step,
+            "difference_negative": 0.0 if standard else 0.25, "lambda": 0.0 if standard else 0.5 + 0.01 * number,
+        }  # fmt: skip
         if not standard:
-            figures |= {
-                "noise_entropy": 4.2 - 0.05 * step - 0.02 * number, "noise_top_5_percent": 0.1 + 0.01 * number,
-                "difference_entropy": 3.9 - 0.22 * step - 0.1 * number, "difference_top_5_percent": 0.2 + 0.05 * step,
-                "difference_negative": 0.25, "lambda": 0.5 + 0.01 * number,
-            }  # fmt: skip
+            figures |= {"noise_entropy": 4.2 - 0.05 * step - 0.02 * number, "noise_top_5_percent": 0.1 + 0.01 * number}
         return figures
 
     return tuple(Maps(tokens * step // 3, (layer(0, step), layer(1, step))) for step in range(4))
@@ -86,7 +84,8 @@ def growth_results() -> Results:
     none = arm("none", "no growth", tokens=3_000_000)
     signal = arm(
         "signal", "signal x2, exact copies", signal_heads=36, parameters=1_800_000, tokens=3_000_000,
-        flops=4.5e13, grown_from="none", growth={"signal": 2, "exact_copies": True},
+        flops=4.5e13, grown_from="none",
+        growth={"at": 100, "expand": {"signal": 2, "exact_copies": True}, "moments": "carry"},
     )  # fmt: skip
     uniform = arm(
         "uniform", "uniform x2 | noise at 40 dB", signal_heads=36, noise_heads=12, kv_heads=12, parameters=2_100_000,
@@ -98,26 +97,15 @@ def growth_results() -> Results:
         for seed in seeds:
             loss = 1.4 + 0.01 * seed + (scattered(number, (0.0, 0.001, -0.006)[number])[seed] if number else 0.0)
             before = 1.6 + 0.01 * seed
-            grown = this.grown_from and {
-                "before": before,
-                "after": before + 1e-7,
-                "transient": 0.01 * number + seed / 1e3,
-            }
-            if grown and seed != 1:
-                grown["copy_cosine"] = 1.0 if number == 1 else 0.95
             points = [(0, 5.5), (1_000_000, 2.0), (2_000_000, before)]
-            points += [(2_000_000, before + 1e-7)] if grown else []
-            runs.append(
-                Run(
-                    this.name,
-                    seed,
-                    loss,
-                    (*points, (2_500_000, (before + loss) / 2 + 0.002 * number), (3_000_000, loss)),
-                    300.0,
-                    grown or None,
-                    (),
-                )
-            )
+            grown: dict[str, float] = {}
+            if this.grown_from:
+                grown = {"before": before, "after": before + 1e-7, "transient": 0.01 * number + seed / 1000}
+                points.append((2_000_000, before + 1e-7))
+            if grown and seed != 1:  # as in a run whose health was not looked at
+                grown["copy_cosine"] = 1.0 if number == 1 else 0.95
+            points += [(2_500_000, (before + loss) / 2 + 0.002 * number), (3_000_000, loss)]
+            runs.append(Run(this.name, seed, loss, tuple(points), 300.0, grown or None, ()))
     return Results(
         experiment="growth", title="Growth", question="Does growing beat not growing?", scale="cpu",
         command="gdagrow experiment recipes/experiments/growth.yaml --out growth", versions={"gdagrow": "0.1.0"},

@@ -12,6 +12,7 @@ INK, MUTED, RULE, BLUE, ORANGE = "#1b2330", "#5c6675", "#dde1e7", "#2f66d8", "#c
 STYLE: Final = {
     "svg.fonttype": "none", "svg.hashsalt": "gdagrow", "text.parse_math": False, "font.size": 11,
     "xtick.labelsize": 10, "ytick.labelsize": 10, "axes.unicode_minus": True, "text.color": INK,
+    "axes.formatter.useoffset": False,
     "axes.edgecolor": RULE, "axes.linewidth": 1, "axes.labelcolor": MUTED, "axes.titlecolor": INK,
     "axes.titlesize": 11.5, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 8,
     "xtick.color": RULE, "xtick.labelcolor": MUTED, "ytick.color": RULE, "ytick.labelcolor": MUTED,

@@ -79,7 +79,7 @@ def _loss_figure(results: Results, comparison: Comparison) -> Figure:
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: signed(value)))
     later = _EARLY * max((points[-1][0] for points in losses if points), default=0)
     _set_heights(left, [[y for x, y in points if x >= later] for points in losses])
-    _set_heights(right, _without_far_out([[y for x, y in points if x >= later] for points in paired]))
+    _set_heights(right, [[0.0], *_without_far_out([[y for x, y in points if x >= later] for points in paired])])
     told = "held-out loss over tokens trained on, mean over the seeds done; early losses and arms far out are cut"
     head(figure, results, comparison, told)
     _key(figure, [(number, arm, bool(losses[number])) for number, arm in enumerate(arms)])
@@ -93,7 +93,7 @@ def _grid(rows: int, columns: int, row_height: float, arms: Sequence[Arm]) -> tu
     figure = Figure(figsize=(_WIDTH, height))
     grid = figure.subplots(rows, columns, sharex=True, sharey="row" if rows > 1 else False, squeeze=False)
     figure.subplots_adjust(
-        left=0.07, right=0.75, bottom=0.6 / height, top=1 - (HEADING + 0.3) / height, hspace=0.28,
+        left=0.08, right=0.75, bottom=0.6 / height, top=1 - (HEADING + 0.3) / height, hspace=0.28,
         wspace=0.24 if rows == 1 else 0.1,
     )  # fmt: skip
     for axes in grid.flat:
@@ -125,7 +125,7 @@ def _set_heights(axes: Axes, heights: Iterable[Iterable[float]]) -> None:
 
 def _without_far_out(heights: Sequence[Sequence[float]]) -> list[Sequence[float]]:
     reach = sorted(max(map(abs, line)) for line in heights if line)
-    typical = reach[(len(reach) - 1) // 2] if reach else 0.0
+    typical = reach[len(reach) // 2] if reach else 0.0
     return [line for line in heights if line and max(map(abs, line)) <= FAR_OUT * typical]
 
 

@@ -90,7 +90,7 @@ class Arm(_Strict):
 class Maps(_Strict):
     """Attention maps of a run after `tokens` tokens: for each layer `MAP_FIGURES`, as means over its heads.
 
-    Standard attention has no noise, no difference and no lambda.
+    Standard attention has no noise maps.
     """
 
     tokens: int

@@ -38,15 +38,24 @@ def tables(results: Results) -> str:
 def completeness(results: Results) -> str:
     """How many of the runs are done, in a sentence."""
     seeds = f"{len(results.arms)} arms with seeds {', '.join(map(str, results.seeds))}"
-    hours = f"{math.fsum(run.seconds for run in results.runs) / 3600:.2f} hours on one thread so far"
-    if results.complete:
-        return f"Complete: all {results.num_planned} runs, {seeds}; {hours.removesuffix(' so far')}."
-    done = {arm.name: len(results.runs_of(arm.name)) for arm in results.arms}
-    short = [f"{_plain(arm.told)} ({done[arm.name]})" for arm in results.arms if done[arm.name] < len(results.seeds)]
-    return (
-        f"**Partial: {len(results.runs)} of {results.num_planned} runs**, {seeds}; {hours}. What follows may still "
-        f"change. Short of {len(results.seeds)} runs: {', '.join(short)}."
+    seconds = math.fsum(run.seconds for run in results.runs)
+    took = (
+        f"{seconds / 3600:.1f} hours on one thread" if seconds >= 3600 else f"{seconds / 60:.1f} minutes on one thread"
     )
+    if results.complete:
+        return f"Complete: all {results.num_planned} runs, {seeds}; {took}."
+    done = {arm.name: len(results.runs_of(arm.name)) for arm in results.arms}
+    short = [f"{_name(results, arm)} ({done[arm.name]})" for arm in results.arms if done[arm.name] < len(results.seeds)]
+    return (
+        f"**Partial: {len(results.runs)} of {results.num_planned} runs**, {seeds}; {took} so far. What follows may "
+        f"still change. Short of {len(results.seeds)} runs: {', '.join(short)}."
+    )
+
+
+def _name(results: Results, arm: Arm) -> str:
+    """An arm's label, with its name where others are told alike, as arms of several comparisons may be."""
+    alike = sum(other.told == arm.told for other in results.arms) > 1
+    return _plain(f"{arm.told} ({arm.name})" if alike else arm.told)
 
 
 def _heads(arm: Arm) -> str:
@@ -129,7 +138,7 @@ def _seen(results: Results, found: Sequence[Difference]) -> Iterator[str]:
     typical, seeds = math.sqrt(math.fsum(sd**2 for sd in sds) / len(sds)), len(results.seeds)
     spread = f" ({min(sds):.4f} to {max(sds):.4f})" if len(sds) > 1 else ""
     power = f"{detectable(typical, seeds):.4f} in 80% of experiments" if seeds > 1 else "no size"
-    after = f", {detectable(typical, seeds, comparisons=len(found)):.4f} after Holm's correction for {len(found)}"
+    after = f", {detectable(typical, seeds, comparisons=len(found)):.4f} at the first step of Holm's correction"
     yield (
         f"{made}. Seen: paired standard deviations of {typical:.4f}{spread}, with which {seeds} seeds see a difference "
         f"of {power}{after if len(found) > 1 and seeds > 1 else ''}."
@@ -163,11 +172,17 @@ def _tuning(results: Results) -> str:
         losses = results.tuning[arm.name]
         best = min(losses, key=lambda rate: (losses[rate], float(rate)), default=None)
         ends = {min(losses, key=float), max(losses, key=float)} if losses else set()
-        told = {rate: f"{loss:.4f}" for rate, loss in losses.items()}
-        cells = [f"**{told[rate]}**" if rate == best else told.get(rate, _NOTHING) for rate in rates]
-        rows.append((_plain(arm.told), *cells, f"{arm.learning_rate:g}", "yes" if best in ends else "no"))
+        cells = [_swept(losses.get(rate), rate == best) for rate in rates]
+        rows.append((_name(results, arm), *cells, f"{arm.learning_rate:g}", "yes" if best in ends else "no"))
     header = ("arm", *rates, "taken", "lowest at an end of the sweep")
-    return f"### Learning rates\n\nHeld-out loss of the sweep, its lowest in bold.\n\n{_table(header, rows)}"
+    told = f"Held-out loss of the sweep, its lowest in bold; `{_NOTHING}` was not tried, or diverged."
+    return f"### Learning rates\n\n{told}\n\n{_table(header, rows)}"
+
+
+def _swept(loss: float | None, lowest: bool) -> str:
+    if loss is None:
+        return _NOTHING
+    return f"**{loss:.4f}**" if lowest else f"{loss:.4f}"
 
 
 def _growth(results: Results) -> str:
@@ -178,7 +193,7 @@ def _growth(results: Results) -> str:
             continue
         changes = [abs(growth["after"] - growth["before"]) for growth in found if {"before", "after"} <= set(growth)]
         rows.append((
-            _plain(arm.told), _plain(results.arm(arm.grown_from).told) if arm.grown_from else _NOTHING,
+            _name(results, arm), _name(results, results.arm(arm.grown_from)) if arm.grown_from else _NOTHING,
             _fields(arm.growth),
             _spread_of(found, "before", 4), _spread_of(found, "after", 4),
             f"{max(changes):.1e}" if changes else _NOTHING,
@@ -197,10 +212,16 @@ def _growth(results: Results) -> str:
 
 
 def _fields(growth: Mapping[str, Any] | None) -> str:
-    told = []
-    for key, value in sorted((growth or {}).items()):  # the order of what was read from a file, whatever it was before
-        told.append(f"{key} {value if isinstance(value, str) else json.dumps(value, sort_keys=True)}")
-    return _plain(", ".join(told)) or _NOTHING
+    return _plain(", ".join(_flat(growth or {}))) or _NOTHING
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Each field with its value, in the order that a file of them has, whatever it was before."""
+    for key, value in sorted(fields.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield f"{key} {value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _maps(results: Results) -> str:
@@ -211,7 +232,7 @@ def _maps(results: Results) -> str:
             continue
         cells = (_spread_of(found, key, digits) for _, key, digits in _MAP_COLUMNS)
         seeds = f"{len(found)} / {len(results.seeds)}"
-        rows.append((_plain(arm.told), _plain(arm.attention), str(arm.context_length), *cells, seeds))
+        rows.append((_name(results, arm), _plain(arm.attention), str(arm.context_length), *cells, seeds))
     header = ("arm", "attention", "context", *(told for told, *_ in _MAP_COLUMNS), "seeds")
     told = (
         "Means over heads and layers. Entropy in nats; top 5%: share of the weight on the 5% of positions that have "

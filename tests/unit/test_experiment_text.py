@@ -1,5 +1,6 @@
 """The text of an experiment: dealt out by content, held out whole, cut where windows stay inside documents."""
 
+import argparse
 import gzip
 import json
 import math
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from gdagrow.errors import CheckpointError, OutputError, TrainError
 from gdagrow.experiment.text import PreparedText, prepare_text
+from gdagrow.train import baselines
 from gdagrow.train.data import open_tokens, prepare_tokens
 from gdagrow.train.recipe import DataSource
 from tests.growths import RANDOM
@@ -22,7 +24,8 @@ from tests.growths import RANDOM
 ENTRIES = {
     "apple": "n 1: a fruit with red or yellow or green skin",
     "apple tree": "n 1: a tree that bears a fruit with red or yellow or green skin",
-    "auto": "n 1: a motor vehicle with four wheels; \"he needs a\n         car to get to work\" [syn: {car}, {auto}]",
+    "auto": "n 1: a motor vehicle with four wheels; \"he needs a\n         car to get to work\" [syn: {car}, {auto}]\n"
+            "         [ant: {cart}]",
     "car": "n 1: a motor vehicle with four wheels; \"he needs a car to\n         get to work\" [syn: {car},\n"
            "         {auto}]\n    2: a wheeled vehicle adapted to the rails of railroad",
     "railcar": "n 1: a wheeled vehicle adapted to the rails of railroad [syn:\n         {railcar}, {car}]",
@@ -167,7 +170,8 @@ def test_the_books_of_a_bible(tmp_path: Path) -> None:
     assert text.documents == (2, 1)
 
 
-def test_baselines_by_hand(tmp_path: Path) -> None:
+def test_baselines_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_COUNTED", 100)
     text = prepared(write_documents(tmp_path / "in", some_texts()), tmp_path / "out")
     training, held_out = read(text.train), read(text.held_out)
     pairs, firsts = Counter(pairwise(training)), Counter(training[:-1])
@@ -175,8 +179,13 @@ def test_baselines_by_hand(tmp_path: Path) -> None:
         -math.log((pairs[a, b] + 1) / (firsts[a] + 256)) for stretch in stretches(text) for a, b in pairwise(stretch)
     ]
     assert text.bigram == pytest.approx(math.fsum(losses) / len(losses), rel=len(losses) * 2**-52)
-    packed = len(gzip.compress(held_out.encode(), 9)) - 18  # the header and the sum of gzip, for which zlib has 6
-    assert text.gzip == pytest.approx((packed + 6) * 8 * math.log(2) / len(held_out), rel=2**-50)
+    assert text.gzip == baselines.gzip_loss(held_out.encode())
+
+
+def test_a_text_as_gzip_packs_it() -> None:
+    text = Path(argparse.__file__).read_bytes()
+    packed = len(gzip.compress(text, 9)) - 18 + 6  # headers and sums of gzip and of zlib
+    assert baselines.gzip_loss(text) == pytest.approx(packed * 8 * math.log(2) / len(text), rel=2**-50)
 
 
 def test_what_was_made_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -128,6 +128,10 @@ def prepare_text(
     """
     if kind not in KINDS:
         raise TrainError(f"text: kind {kind!r} is unknown, expected {', '.join(KINDS)}")
+    if not 0 < held_out < 1 or stretch < 2:
+        raise TrainError(
+            f"text: expected held_out between 0 and 1 and a stretch of 2 tokens or more, got {held_out} and {stretch}"
+        )
     documents, files = _read(patterns, kind, exclude)
     source = {
         "patterns": list(patterns), "kind": kind, "exclude": list(exclude), "held_out": held_out, "stretch": stretch,

@@ -181,7 +181,7 @@ class TrainRecipe(_Strict):
     precision: `bf16` computes in bfloat16 and keeps weights and moments in float32; `fp32` does all in float32.
     save_every, keep: A checkpoint every so many steps, of which the last `keep` stay.
     evaluate_every, evaluate_on: Held-out loss every so many steps (0: at the end alone), on at most so many sequences.
-    multipliers: Apply the learning-rate multipliers of growth.json.
+    multipliers: Apply the learning-rate multipliers of growth.json; if left out, with adamw, which they are for.
     health_every: Look at clones, lambdas and gradients every so many steps; 0 for never.
     seed: Of new weights and of the order of the data.
     """
@@ -202,7 +202,7 @@ class TrainRecipe(_Strict):
     evaluate_every: Steps = 0
     evaluate_on: Count = 256
     log_every: Count = 10
-    multipliers: bool = False
+    multipliers: bool | None = None
     growth: tuple[MidRunGrowth, ...] = ()
     freeze: Freeze | None = None
     health_every: Steps = 0
@@ -223,6 +223,11 @@ class TrainRecipe(_Strict):
         if self.multipliers and self.optimizer.name != "adamw":
             raise ValueError("multipliers are for adamw, whose step does not shrink with the gradient; leave them out")
         return self
+
+    @property
+    def scales_rates(self) -> bool:
+        """Whether a grown model's parameters get the learning rates that growth.json suggests."""
+        return self.optimizer.name == "adamw" if self.multipliers is None else self.multipliers
 
     @property
     def evaluates(self) -> bool:

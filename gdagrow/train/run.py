@@ -190,7 +190,7 @@ class _Run:
         found: list[TrainerCallback] = []
         if directory is not None and (directory / RECORD_FILE).exists():
             warm_up = growth.rewarm_up if growth else 0
-            found.append(GrowthCallback(directory, multipliers=recipe.multipliers, warm_up=warm_up, at_step=at_step))
+            found.append(GrowthCallback(directory, multipliers=recipe.scales_rates, warm_up=warm_up, at_step=at_step))
         if freeze is not None:
             old: dict[str, Any] = {"old_heads_of": directory} if freeze.heads else {}
             old |= {"old_layers_of": directory} if freeze.layers == "old" else {"layers": freeze.layers}

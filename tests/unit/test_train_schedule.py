@@ -25,7 +25,7 @@ def test_the_last_steps_alone_go_down() -> None:
     schedule = Schedule.model_validate({"kind": "wsd", "warm_up": 2, "decay": 4, "final": 0.2})
     found = [scheduled(schedule, step, 10) for step in range(10)]
     assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2], rel=1e-15)
-    assert [scheduled(schedule, step, 14) for step in range(10)] == found[:6] + [1, 1, 1, 1]
+    assert [scheduled(schedule, step, 14) for step in range(10)] == [*found[:6], 1, 1, 1, 1]
     # A decay longer than the run begins after the warm-up.
     assert scheduled(schedule, 3, 4) == pytest.approx(0.2, rel=1e-15)
 

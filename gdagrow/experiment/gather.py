@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from gdagrow.experiment.arms import Arm
 from gdagrow.experiment.jobs import MAPS_FILE, Job, lines_of
+from gdagrow.experiment.recipe import ExperimentRecipe
 from gdagrow.experiment.results import Arm as MeasuredArm
 from gdagrow.experiment.results import Comparison, Maps, Results, Run, Text
 from gdagrow.experiment.runs import Experiment, final_loss
@@ -43,7 +44,7 @@ def gather(
         scale=scale,
         command=command,
         versions={"python": python_version(), **{package: version(package) for package in _PACKAGES}},
-        recipe=recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"scales"}),
+        recipe=recipe_as_kept(recipe),
         seeds=recipe.seeds,
         planned={"sd": sd, "detectable": detectable(sd, len(recipe.seeds))},
         texts=tuple(
@@ -60,6 +61,12 @@ def gather(
             _measured_run(arm, seed, job, jobs) for (arm, seed), job in jobs.items() if job.is_done
         ),
     )  # fmt: skip
+
+
+def recipe_as_kept(recipe: ExperimentRecipe) -> dict[str, Any]:
+    """A recipe as results keep it: what it says, as JSON has it."""
+    kept: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"scales"})
+    return kept
 
 
 def _measured_arm(arm: Arm, rate: float) -> MeasuredArm:

@@ -40,11 +40,14 @@ class Tuning(_Strict):
     """A sweep of peak learning rates, the same for every arm that does not go on from another one.
 
     steps: Of a run of the sweep. seed: Of those runs; none of the experiment's own.
+    shared: All arms are of one size and take one rate, the best on average over them: by one short run each, arms would
+        get rates that differ by chance, which no number of seeds makes up for.
     """
 
     learning_rates: Annotated[tuple[Positive, ...], Field(min_length=2)]
     steps: Count
     seed: Seed
+    shared: bool = False
 
 
 class MapsPlan(_Strict):

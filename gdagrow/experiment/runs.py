@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from statistics import fmean
 from typing import Final, Protocol
 
 from gdagrow.errors import GdagrowError, TrainError
@@ -101,20 +102,19 @@ class Experiment:
         return found
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rate of every arm: the best one of its sweep, or that of the recipe.
+        """The learning rate of every arm: the best one of its sweep, or of all sweeps together, or that of the recipe.
 
         Raises:
-            TrainError: every rate of an arm's sweep diverged.
+            TrainError: every rate of a sweep diverged.
         """
+        tuning, tune = self.tuning(), self.recipe.tune
+        if tune is not None and tune.shared:
+            mean = {rate: fmean(losses[rate] for losses in tuning.values()) for rate in tune.learning_rates}
+            return dict.fromkeys(self.arms, _best(mean, "all arms"))
         found = {}
-        tuning = self.tuning()
         for name, arm in self.arms.items():
             swept = tuning.get(self._swept(name))
-            if swept and min(swept.values()) == inf:
-                raise TrainError(f"arm {name}: every learning rate of its sweep diverged; give lower ones")
-            found[name] = min(swept, key=lambda rate: (swept[rate], rate)) if swept else (
-                arm.recipe.optimizer.learning_rate
-            )  # fmt: skip
+            found[name] = _best(swept, f"arm {name}") if swept else arm.recipe.optimizer.learning_rate
         return found
 
     def _swept(self, name: str) -> str:
@@ -163,6 +163,13 @@ class Experiment:
         with alone_in(self.directory), Workers(num_workers, self.directory) as workers:
             errors = _run_all(self.sweep(), workers, watcher, "learning rates")
             return errors or _run_all(self.runs(), workers, watcher, "arms")
+
+
+def _best(losses: Mapping[float, float], whose: str) -> float:
+    """The learning rate with the lowest loss, the lower one of equals."""
+    if min(losses.values()) == inf:
+        raise TrainError(f"{whose}: every learning rate of the sweep diverged; give lower ones")
+    return min(losses, key=lambda rate: (losses[rate], rate))
 
 
 def final_loss(job: Job) -> float | None:

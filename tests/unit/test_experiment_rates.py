@@ -69,6 +69,6 @@ def test_a_rate_that_diverged_is_never_taken(tmp_path: Path, monkeypatch: pytest
 
 def test_runs_come_seed_by_seed_and_sources_first(tmp_path: Path) -> None:
     told = [job.told for job in planned(tmp_path).runs()]
-    first = ["none, seed 0", "wide, seed 0", "same, seed 0", "signal, seed 0", "uniform, seed 0"]
+    first = [f"{name}, seed 0" for name in ("none", "same", "wide", "signal", "uniform")]
     assert told[:5] == first
     assert told[5:] == [name.replace("seed 0", "seed 1") for name in first]

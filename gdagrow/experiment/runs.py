@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from gdagrow.errors import GdagrowError, TrainError
 from gdagrow.experiment.arms import Arm, make_arms
 from gdagrow.experiment.jobs import DIVERGED_FILE, Job, lines_of, require_same
-from gdagrow.experiment.recipe import ExperimentRecipe
+from gdagrow.experiment.recipe import ExperimentRecipe, rate_name
 from gdagrow.experiment.text import PreparedText, prepare_text
 from gdagrow.experiment.workers import Workers, alone_in
 
@@ -82,8 +82,8 @@ class Experiment:
             return []
         return [
             Job(
-                f"{arm.name}, learning rate {rate:g}",
-                self.directory / RUNS / arm.name / f"rate-{rate:g}",
+                f"{arm.name}, learning rate {rate_name(rate)}",
+                self.directory / RUNS / arm.name / f"rate-{rate_name(rate)}",
                 arm.at(rate, tune.seed, steps=tune.steps),
                 may_diverge=True,
             )

@@ -22,6 +22,7 @@ from gdagrow.experiment.jobs import Job
 from gdagrow.experiment.recipe import read_experiment
 from gdagrow.experiment.runs import Experiment
 from gdagrow.experiment.statistics import detectable
+from gdagrow.train.dry_run import forecast
 from gdagrow.units import count_text, flops_text
 from gdagrow_cli.console import print_error, print_json, print_unbroken, stderr_console, stdout_console
 from gdagrow_cli.plan_view import print_section
@@ -143,24 +144,18 @@ def _as_dict(experiment: Experiment) -> dict[str, Any]:
 
 
 def _all_flops(experiment: Experiment) -> int:
-    """Of all runs; what a fork shares with its source is not run twice, and the sweep comes on top."""
-    arms = experiment.arms
-    own = sum(arm.own_flops for arm in arms.values()) * len(experiment.recipe.seeds)
-    tune = experiment.recipe.tune
-    swept = sum(
-        arm.flops * tune.steps // arm.recipe.steps * len(tune.learning_rates)
-        for arm in arms.values() if arm.fork is None
-    ) if tune else 0  # fmt: skip
-    return own + swept
+    """Of all runs, the sweep's included; what a fork shares with its source is not run twice."""
+    own = sum(arm.own_flops for arm in experiment.arms.values()) * len(experiment.recipe.seeds)
+    return own + sum(forecast(job.recipe, 1).legs[-1].flops_per_step * job.steps for job in experiment.sweep())
 
 
 def _print_plan(console: Console, experiment: Experiment) -> None:
     recipe = experiment.recipe
     console.print(Text(recipe.title))
     console.print(Text(recipe.question))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("arm", "heads", "parameters", "tokens", "training FLOPs", "from"):
-        table.add_column(heading, justify="left" if heading in ("arm", "from") else "right", no_wrap=heading == "arm")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for heading in ("arm", "heads", "parameters", "tokens", "FLOPs", "from"):
+        table.add_column(heading, justify="left" if heading in ("arm", "from") else "right", no_wrap=heading != "from")
     for arm in experiment.arms.values():
         table.add_row(
             Text(arm.name), _heads(arm), count_text(arm.parameters), count_text(arm.tokens), flops_text(arm.flops),
@@ -179,8 +174,9 @@ def _print_plan(console: Console, experiment: Experiment) -> None:
 
 
 def _heads(arm: Arm) -> str:
-    noise, heads = arm.config.get("num_noise_heads"), arm.config["num_attention_heads"]
-    return f"{heads - noise}+{noise}" if noise else str(heads)
+    heads = arm.sizes.heads
+    noise = heads.num_query_heads - heads.num_signal_heads
+    return f"{heads.num_signal_heads}+{noise}" if noise else str(heads.num_signal_heads)
 
 
 # Progress
@@ -219,7 +215,8 @@ class _Lines(_Quiet):
         print_unbroken(self._console, f"{job.told}: {what} ({self._left} left)")
 
     def failed(self, job: Job, error: str) -> None:
-        print_unbroken(self._console, f"{job.told} failed: {error}")
+        self._left -= 1
+        print_unbroken(self._console, f"{job.told} failed: {error} ({self._left} left)")
 
 
 class _Bars(_Lines):
@@ -247,10 +244,18 @@ class _Bars(_Lines):
         self._progress.update(self._whole, completed=sum(self._done.values()))
 
     def done(self, job: Job, loss: float | None) -> None:
+        self._end(job)
+        super().done(job, loss)
+
+    def failed(self, job: Job, error: str) -> None:
+        self._end(job)
+        super().failed(job, error)
+
+    def _end(self, job: Job) -> None:
         if task := self._tasks.pop(job.directory, None):
             self._progress.remove_task(task)
         self._done[job.directory] = job.steps
-        super().done(job, loss)
+        self._progress.update(self._whole, completed=sum(self._done.values()))
 
 
 @contextmanager

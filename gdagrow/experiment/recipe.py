@@ -62,7 +62,7 @@ def rate_name(rate: float) -> str:
 
 
 class MapsPlan(_Strict):
-    """Attention maps, measured every so many steps in the runs of the first `seeds` seeds.
+    """Attention maps, measured every so many steps and at the end in the runs of the first `seeds` seeds.
 
     every: A multiple of `save_every`, since they are those of states.
     sequences: Held-out sequences that they are measured on.

@@ -176,12 +176,13 @@ def _run_all(jobs: Sequence[Job], workers: Workers, watcher: Watcher, told: str)
     for job in jobs:
         require_same(job)
     watcher.stage(told, jobs)
+    by_directory = {job.directory: job for job in jobs}
     left, failed = [job for job in jobs if not job.is_done], dict[Path, str]()
     while left or workers.is_busy:
-        due = [job for job in left if _is_ready(job, jobs)] if workers.is_free else []
-        if due:
-            left.remove(due[0])
-            workers.begin(due[0])
+        due = next((job for job in left if _is_ready(job, by_directory)), None) if workers.is_free else None
+        if due is not None:
+            left.remove(due)
+            workers.begin(due)
             continue
         if not workers.is_busy:
             break  # what is left goes on from what failed
@@ -197,5 +198,5 @@ def _run_all(jobs: Sequence[Job], workers: Workers, watcher: Watcher, told: str)
     return list(failed.values())
 
 
-def _is_ready(job: Job, jobs: Sequence[Job]) -> bool:
-    return all(other.is_done for other in jobs if other.directory == job.forked_from)
+def _is_ready(job: Job, by_directory: Mapping[Path, Job]) -> bool:
+    return job.forked_from is None or by_directory[job.forked_from].is_done

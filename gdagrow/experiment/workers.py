@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
@@ -95,10 +95,15 @@ class Workers:
         ours, theirs = context.Pipe()
         before = {key: os.environ.get(key) for key in _OMP}
         os.environ.update(_OMP)  # read when the new process imports torch
+        # Ctrl-C goes to all processes of a terminal. The new one never sees it, from its first moment on: this one
+        # ends it.
+        resource_tracker.ensure_running()  # which takes a mask away when it begins
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = context.Process(target=_work, args=(theirs, os.getpid(), self._experiment), daemon=True)
             process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             for key, value in before.items():
                 if value is None:
                     del os.environ[key]
@@ -110,13 +115,13 @@ class Workers:
 
 def _work(connection: Connection, parent: int, experiment: Path) -> None:
     """Run jobs until there is no one left to ask for them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, to all processes; the parent ends this one
     import torch
 
     torch.set_num_threads(1)
     with (experiment / _WORKERS_LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        while True:
+        # A process that starts when its parent is killed must not begin a run that another one may have begun since.
+        while os.getppid() == parent:
             try:
                 job = connection.recv()
             except EOFError:

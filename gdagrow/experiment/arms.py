@@ -15,6 +15,8 @@ from gdagrow.train.schedule import learning_rate_factor
 # GPUs multiply matrices fast whose sizes are multiples of this, and a wide FFN is fine enough in such units.
 _WIDE_UNIT, _WIDE = 8, 1024
 
+_EVALUATE_ON = TrainRecipe.model_fields["evaluate_on"].default
+
 TRAINING_FILE, HELD_OUT_FILE = "train.bin", "held-out.bin"
 
 
@@ -103,7 +105,21 @@ def _fields(recipe: ExperimentRecipe, name: str, texts: Path, made: Mapping[str,
     data = {"train": str(text / TRAINING_FILE), "evaluation": str(text / HELD_OUT_FILE)}
     model = {**recipe.base["model"], "config": merged(recipe.base["model"]["config"], spec.config)}
     # Health is that of copies, which a model has that was grown.
-    return merged(dict(recipe.base), {**own, "data": data, "health_every": 0}) | {"model": model}
+    fields = merged(dict(recipe.base), {**own, "data": data, "health_every": 0}) | {"model": model}
+    if spec.context_length is not None:
+        fields["evaluate_on"] = _same_text(name, recipe.base, spec.context_length)
+    return fields
+
+
+def _same_text(name: str, base: Fields, length: int) -> int:
+    """As many sequences of an arm's own length as have the held-out text of the other arms."""
+    of_others, count = base.get("context_length"), base.get("evaluate_on", _EVALUATE_ON)
+    if not isinstance(of_others, int) or not isinstance(count, int) or of_others * count % length:
+        raise RecipeError(
+            f"arm {name}: context_length {length} does not divide the held-out text of other arms, evaluate_on "
+            f"({count}) sequences of context_length ({of_others}); change one of them"
+        )
+    return of_others * count // length
 
 
 def _resolved(recipe: ExperimentRecipe, name: str, fields: Mapping[str, Any]) -> Arm:

@@ -78,7 +78,8 @@ class ArmSpec(_Strict):
 
     told: What it is called in tables and plots.
     config: Keys of the model's `config.json` that are other than in `base`.
-    text, context_length, batch_size, steps: Other than those of `base`; the first text if left out.
+    text, context_length, batch_size, steps: Other than those of `base`; the first text if left out. Arms of other
+        contexts are evaluated on as much text, in fewer or more sequences than `evaluate_on`.
     parameters: Choose the FFN, of the model or of what it grows into, so that it has as many parameters as this arm.
     flops: Choose the steps so that training takes as many FLOPs as this arm's.
     learning_rate_of: Take the learning rate of this arm, which is of the same size, and sweep none.

@@ -6,7 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Final, Protocol
 
-from gdagrow.errors import GdagrowError, TrainError
+from gdagrow.errors import GdagrowError, OutputError, TrainError
 from gdagrow.experiment.arms import Arm, make_arms
 from gdagrow.experiment.jobs import DIVERGED_FILE, Job, lines_of, require_same
 from gdagrow.experiment.recipe import ExperimentRecipe, rate_name
@@ -159,7 +159,10 @@ class Experiment:
         Raises:
             GdagrowError: the directory is in use, or has runs of another recipe.
         """
-        (self.directory / RUNS).mkdir(parents=True, exist_ok=True)
+        try:
+            (self.directory / RUNS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.directory} cannot be made ({error.strerror}); choose another --out") from None
         with alone_in(self.directory), Workers(num_workers, self.directory) as workers:
             errors = _run_all(self.sweep(), workers, watcher, "learning rates")
             return errors or _run_all(self.runs(), workers, watcher, "arms")

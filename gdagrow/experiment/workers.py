@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
-from gdagrow.errors import GdagrowError, TrainError
+from gdagrow.errors import GdagrowError, OutputError, TrainError
 from gdagrow.experiment.jobs import Job, run_job
 
 _LOCK: Final = ".lock"
@@ -151,12 +151,20 @@ def alone_in(experiment: Path) -> Iterator[None]:
 
     Raises:
         TrainError: another one has it.
+        OutputError: nothing can be written there.
     """
-    with (experiment / _LOCK).open("w") as lock:
+    with _opened(experiment / _LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise TrainError(f"{experiment}: another process runs this experiment; wait for it or stop it") from None
-        with (experiment / _WORKERS_LOCK).open("w") as workers:
+        with _opened(experiment / _WORKERS_LOCK) as workers:
             fcntl.flock(workers, fcntl.LOCK_EX)
         yield
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}); choose another --out") from None

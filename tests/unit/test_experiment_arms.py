@@ -46,6 +46,13 @@ def test_sizes_that_a_config_leaves_to_its_defaults_are_known(tmp_path: Path) ->
     assert (sizes.head_dim, sizes.heads.num_kv_groups, sizes.heads.num_query_heads) == (2, 8, 8)
 
 
+def test_arms_of_other_contexts_are_held_against_the_same_text(tmp_path: Path) -> None:
+    made = arms_of(tmp_path, **with_arms(long={"told": "x", "context_length": 128, "batch_size": 1}))
+    assert (made["none"].recipe.evaluate_on, made["long"].recipe.evaluate_on) == (8, 2)  # of 32 and 128 tokens
+    with pytest.raises(RecipeError, match="arm long: context_length 96 does not divide the held-out text of other"):
+        arms_of(tmp_path, **with_arms(long={"told": "x", "context_length": 96}))
+
+
 def test_the_step_of_growths_is_said_once(tmp_path: Path) -> None:
     early = {**GROWN, "growth": {"at": 8, "expand": {"signal": 2}}}
     made = arms_of(tmp_path, **with_arms(early=early))

@@ -1,6 +1,7 @@
 """`gdagrow experiment`: what it would run, its progress, and what it says when it is done."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,8 +44,8 @@ class Chosen:
     @property
     def command(self) -> str:
         """The command that runs it."""
-        scale = f" --scale {self.scale}" if self.scale else ""
-        return f"gdagrow experiment {self.recipe}{scale} --out {self.out}"
+        scale = ["--scale", self.scale] if self.scale else []
+        return shlex.join(["gdagrow", "experiment", str(self.recipe), *scale, "--out", str(self.out)])
 
     def planned(self) -> Experiment:
         """The experiment, of which nothing is read yet but the recipe.
@@ -94,12 +95,14 @@ def run_experiment(chosen: Chosen, num_workers: int | None, *, as_json: bool, qu
 
     experiment, out = chosen.planned(), chosen.out
     texts = experiment.prepare_texts()
-    stopped, failed = None, list[str]()
+    stopped, failed, shown = None, list[str](), not as_json and not quiet
     try:
-        with _shown(shown=not as_json and not quiet) as watcher:
+        with _shown(shown=shown) as watcher:
             failed = experiment.run(num_workers or os.cpu_count() or 1, watcher)
     except Stopped as stop:
         stopped = stop
+        if shown:
+            print_unbroken(stderr_console(), "stopping: tables and figures of what is done are written")
     results = gather(
         experiment, texts, name=chosen.recipe.stem, scale=chosen.scale or "default", command=chosen.command
     )
@@ -207,7 +210,8 @@ class _Lines(_Quiet):
 
     def stage(self, told: str, jobs: Sequence[Job]) -> None:
         self._left = sum(not job.is_done for job in jobs)
-        print_unbroken(self._console, f"{told}: {len(jobs)} runs, {len(jobs) - self._left} of them done")
+        if jobs:
+            print_unbroken(self._console, f"{told}: {len(jobs)} runs, {len(jobs) - self._left} of them done")
 
     def done(self, job: Job, loss: float | None) -> None:
         self._left -= 1

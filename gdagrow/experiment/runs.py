@@ -6,7 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Final, Protocol
 
-from gdagrow.errors import GdagrowError, OutputError, TrainError
+from gdagrow.errors import OutputError, TrainError
 from gdagrow.experiment.arms import Arm, make_arms
 from gdagrow.experiment.jobs import DIVERGED_FILE, Job, lines_of, require_same
 from gdagrow.experiment.recipe import ExperimentRecipe, rate_name
@@ -61,7 +61,15 @@ class Experiment:
         return {name: self._prepared(name) for name in self.recipe.texts if name in used}
 
     def _prepared(self, name: str) -> PreparedText:
-        source = self.recipe.texts[name]
+        source, directory = self.recipe.texts[name], self.directory / TEXTS / name
+        begun = [
+            arm.name for arm in self.arms.values() if arm.text == name and (self.directory / RUNS / arm.name).exists()
+        ]
+        if begun and not directory.exists():
+            raise TrainError(
+                f"{directory} is gone, on which {', '.join(begun)} were trained, and what is made anew may be another "
+                "text; restore it, or choose another --out"
+            )
         lengths = {arm.recipe.context_length for arm in self.arms.values() if arm.text == name}
         if wrong := [length for length in lengths if max(lengths) % length]:
             raise TrainError(
@@ -69,7 +77,7 @@ class Experiment:
                 "two could not be held against the same text; choose multiples"
             )
         return prepare_text(
-            source.documents, source.kind, self.directory / TEXTS / name, held_out=source.held_out,
+            source.documents, source.kind, directory, held_out=source.held_out,
             stretch=max(lengths), exclude=source.exclude,
         )  # fmt: skip
 
@@ -158,6 +166,7 @@ class Experiment:
 
         Raises:
             GdagrowError: the directory is in use, or has runs of another recipe.
+            RuntimeError: a bug showed in a worker, whose trace is the cause.
         """
         try:
             (self.directory / RUNS).mkdir(parents=True, exist_ok=True)
@@ -193,8 +202,8 @@ def _run_all(jobs: Sequence[Job], workers: Workers, watcher: Watcher, told: str)
         job = finished.job
         if finished.error is None:
             watcher.done(job, final_loss(job))
-        elif finished.unexpected:
-            raise GdagrowError(f"{job.told}: {finished.error}")
+        elif finished.trace is not None:
+            raise RuntimeError(f"{job.told}: {finished.error}") from RuntimeError(finished.trace)
         else:
             failed[job.directory] = f"{job.told}: {finished.error}"
             watcher.failed(job, finished.error)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from traceback import format_exc
 from typing import IO, Any, Final
 
 from gdagrow.errors import GdagrowError, OutputError, TrainError
@@ -21,11 +22,11 @@ _OMP: Final = {"OMP_NUM_THREADS": "1"}
 
 @dataclass(frozen=True)
 class Finished:
-    """A job that is done, or why it is not; `unexpected` if that is no mistake of a user's."""
+    """A job that is done, or why it is not; with a `trace` if that is a bug of ours."""
 
     job: Job
     error: str | None
-    unexpected: bool = False
+    trace: str | None = None
 
 
 class Workers:
@@ -135,14 +136,16 @@ def _tick(connection: Connection, parent: int, step: int) -> None:
     connection.send(step)
 
 
-def _outcome(job: Job, tick: Callable[[int], None]) -> tuple[str | None, bool]:
+def _outcome(job: Job, tick: Callable[[int], None]) -> tuple[str | None, str | None]:
     try:
         run_job(job, tick)
     except GdagrowError as error:
-        return str(error), False
+        return str(error), None
+    except OSError as error:
+        return f"{error.filename or job.directory}: {error.strerror}; the same command goes on", None
     except Exception as error:
-        return f"{type(error).__name__}: {error}", True
-    return None, False
+        return f"{type(error).__name__}: {error}", format_exc()
+    return None, None
 
 
 @contextmanager

@@ -10,19 +10,12 @@ import pytest
 from gdagrow.errors import TrainError
 from gdagrow.experiment import jobs
 from gdagrow.experiment.jobs import MAPS_FILE, Job, require_same, run_job
-from gdagrow.experiment.recipe import read_experiment
-from gdagrow.experiment.runs import Experiment
 from gdagrow.train.beginning import write_recipe
 from gdagrow.train.recipe import read_train_recipe
 from gdagrow.train.run_directory import METRICS_FILE, MODEL, RECIPE_FILE, TOKENS, checkpoint_name
-from tests.experiments import with_arms, write_experiment
+from tests.experiments import planned, with_arms
 
 MAPS: dict[str, Any] = {"every": 4, "seeds": 1}
-
-
-def planned(tmp_path: Path, **changes: Any) -> Experiment:
-    recipe = read_experiment(write_experiment(tmp_path / "recipe.yaml", **changes))
-    return Experiment.planned(recipe, tmp_path / "out")
 
 
 def job_of(tmp_path: Path, arm: str, seed: int = 0, **changes: Any) -> Job:
@@ -108,6 +101,12 @@ def test_a_run_finds_its_text_where_it_was_moved(tmp_path: Path) -> None:
     assert read_train_recipe(there.directory / RECIPE_FILE) == there.recipe
     described = json.loads((there.directory / TOKENS / "data.json").read_text())
     assert described["evaluation"][0]["path"] == str(text / "held-out.bin")
+
+
+def test_a_text_that_is_gone_is_not_made_anew_under_runs(tmp_path: Path) -> None:
+    begun(job_of(tmp_path, "none"))
+    with pytest.raises(TrainError, match="text/code is gone, on which none were trained"):
+        planned(tmp_path).prepare_texts()
 
 
 def test_a_job_is_the_recipe_at_a_rate_and_a_seed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Processes of one thread each that run jobs; none outlives the process that started them by more than a step."""
 
 import fcntl
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -118,7 +119,13 @@ def _work(connection: Connection, parent: int, experiment: Path) -> None:
     """Run jobs until there is no one left to ask for them."""
     import torch
 
+    import gdagrow.train.run  # noqa: F401  (what follows is about what it imports)
+
     torch.set_num_threads(1)
+    # Every run collects garbage a few times, each time through all that was imported: 70% of the time of a run of a
+    # few steps. What stays for ever need not be looked at.
+    gc.collect()
+    gc.freeze()
     with (experiment / _WORKERS_LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         # A process that starts when its parent is killed must not begin a run that another one may have begun since.

@@ -6,6 +6,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from gdagrow.experiment.recipe import read_experiment
+from gdagrow.experiment.runs import Experiment
+
 CONFIG: Mapping[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 8, "num_noise_heads": 2,
     "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
@@ -41,6 +44,13 @@ def write_experiment(path: Path, **changes: Any) -> Path:
     with path.open("w") as file:
         YAML(typ="safe", pure=True).dump(experiment(**changes), file)
     return path
+
+
+def planned(directory: Path, **changes: Any) -> Experiment:
+    """Such an experiment in `out` in a directory; nothing is there yet."""
+    return Experiment.planned(
+        read_experiment(write_experiment(directory / "recipe.yaml", **changes)), directory / "out"
+    )
 
 
 def with_arms(**arms: Mapping[str, Any] | None) -> dict[str, Any]:

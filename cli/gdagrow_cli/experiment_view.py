@@ -1,6 +1,7 @@
 """`gdagrow experiment`: what it would run, its progress, and what it says when it is done."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from gdagrow.experiment.jobs import Job
 from gdagrow.experiment.recipe import read_experiment
 from gdagrow.experiment.runs import Experiment
 from gdagrow.experiment.statistics import detectable
+from gdagrow.train.dry_run import forecast
 from gdagrow.units import count_text, flops_text
 from gdagrow_cli.console import print_error, print_json, print_unbroken, stderr_console, stdout_console
 from gdagrow_cli.plan_view import print_section
@@ -42,8 +44,8 @@ class Chosen:
     @property
     def command(self) -> str:
         """The command that runs it."""
-        scale = f" --scale {self.scale}" if self.scale else ""
-        return f"gdagrow experiment {self.recipe}{scale} --out {self.out}"
+        scale = ["--scale", self.scale] if self.scale else []
+        return shlex.join(["gdagrow", "experiment", str(self.recipe), *scale, "--out", str(self.out)])
 
     def planned(self) -> Experiment:
         """The experiment, of which nothing is read yet but the recipe.
@@ -93,12 +95,14 @@ def run_experiment(chosen: Chosen, num_workers: int | None, *, as_json: bool, qu
 
     experiment, out = chosen.planned(), chosen.out
     texts = experiment.prepare_texts()
-    stopped, failed = None, list[str]()
+    stopped, failed, shown = None, list[str](), not as_json and not quiet
     try:
-        with _shown(shown=not as_json and not quiet) as watcher:
+        with _shown(shown=shown) as watcher:
             failed = experiment.run(num_workers or os.cpu_count() or 1, watcher)
     except Stopped as stop:
         stopped = stop
+        if shown:
+            print_unbroken(stderr_console(), "stopping: tables and figures of what is done are written")
     results = gather(
         experiment, texts, name=chosen.recipe.stem, scale=chosen.scale or "default", command=chosen.command
     )
@@ -143,24 +147,18 @@ def _as_dict(experiment: Experiment) -> dict[str, Any]:
 
 
 def _all_flops(experiment: Experiment) -> int:
-    """Of all runs; what a fork shares with its source is not run twice, and the sweep comes on top."""
-    arms = experiment.arms
-    own = sum(arm.own_flops for arm in arms.values()) * len(experiment.recipe.seeds)
-    tune = experiment.recipe.tune
-    swept = sum(
-        arm.flops * tune.steps // arm.recipe.steps * len(tune.learning_rates)
-        for arm in arms.values() if arm.fork is None
-    ) if tune else 0  # fmt: skip
-    return own + swept
+    """Of all runs, the sweep's included; what a fork shares with its source is not run twice."""
+    own = sum(arm.own_flops for arm in experiment.arms.values()) * len(experiment.recipe.seeds)
+    return own + sum(forecast(job.recipe, 1).legs[-1].flops_per_step * job.steps for job in experiment.sweep())
 
 
 def _print_plan(console: Console, experiment: Experiment) -> None:
     recipe = experiment.recipe
     console.print(Text(recipe.title))
     console.print(Text(recipe.question))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("arm", "heads", "parameters", "tokens", "training FLOPs", "from"):
-        table.add_column(heading, justify="left" if heading in ("arm", "from") else "right", no_wrap=heading == "arm")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for heading in ("arm", "heads", "parameters", "tokens", "FLOPs", "from"):
+        table.add_column(heading, justify="left" if heading in ("arm", "from") else "right", no_wrap=heading != "from")
     for arm in experiment.arms.values():
         table.add_row(
             Text(arm.name), _heads(arm), count_text(arm.parameters), count_text(arm.tokens), flops_text(arm.flops),
@@ -179,8 +177,9 @@ def _print_plan(console: Console, experiment: Experiment) -> None:
 
 
 def _heads(arm: Arm) -> str:
-    noise, heads = arm.config.get("num_noise_heads"), arm.config["num_attention_heads"]
-    return f"{heads - noise}+{noise}" if noise else str(heads)
+    heads = arm.sizes.heads
+    noise = heads.num_query_heads - heads.num_signal_heads
+    return f"{heads.num_signal_heads}+{noise}" if noise else str(heads.num_signal_heads)
 
 
 # Progress
@@ -211,7 +210,8 @@ class _Lines(_Quiet):
 
     def stage(self, told: str, jobs: Sequence[Job]) -> None:
         self._left = sum(not job.is_done for job in jobs)
-        print_unbroken(self._console, f"{told}: {len(jobs)} runs, {len(jobs) - self._left} of them done")
+        if jobs:
+            print_unbroken(self._console, f"{told}: {len(jobs)} runs, {len(jobs) - self._left} of them done")
 
     def done(self, job: Job, loss: float | None) -> None:
         self._left -= 1
@@ -219,7 +219,8 @@ class _Lines(_Quiet):
         print_unbroken(self._console, f"{job.told}: {what} ({self._left} left)")
 
     def failed(self, job: Job, error: str) -> None:
-        print_unbroken(self._console, f"{job.told} failed: {error}")
+        self._left -= 1
+        print_unbroken(self._console, f"{job.told} failed: {error} ({self._left} left)")
 
 
 class _Bars(_Lines):
@@ -247,10 +248,18 @@ class _Bars(_Lines):
         self._progress.update(self._whole, completed=sum(self._done.values()))
 
     def done(self, job: Job, loss: float | None) -> None:
+        self._end(job)
+        super().done(job, loss)
+
+    def failed(self, job: Job, error: str) -> None:
+        self._end(job)
+        super().failed(job, error)
+
+    def _end(self, job: Job) -> None:
         if task := self._tasks.pop(job.directory, None):
             self._progress.remove_task(task)
         self._done[job.directory] = job.steps
-        super().done(job, loss)
+        self._progress.update(self._whole, completed=sum(self._done.values()))
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """The arms of an experiment as training recipes, their sizes matched, their costs known before anything runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdagrow.errors import RecipeError
+from gdagrow.archs import Sizes
+from gdagrow.errors import GdagrowError, RecipeError
 from gdagrow.experiment.recipe import ArmSpec, ExperimentRecipe, Fields, merged
 from gdagrow.train.dry_run import Leg, forecast, headers_of
 from gdagrow.train.recipe import FIXED, TrainRecipe, make_train_recipe
@@ -13,6 +14,8 @@ from gdagrow.train.schedule import learning_rate_factor
 
 # GPUs multiply matrices fast whose sizes are multiples of this, and a wide FFN is fine enough in such units.
 _WIDE_UNIT, _WIDE = 8, 1024
+
+_EVALUATE_ON = TrainRecipe.model_fields["evaluate_on"].default
 
 TRAINING_FILE, HELD_OUT_FILE = "train.bin", "held-out.bin"
 
@@ -22,7 +25,7 @@ class Arm:
     """An arm before its learning rate and seed are known.
 
     recipe: Its training recipe with the learning rate of `base` and seed 0.
-    config: Of the model at the end.
+    config, sizes: Of the model at the end.
     parameters: Of the model at the end.
     flops: Of its whole training, that of the arm it goes on from included.
     own_flops: Without that.
@@ -33,6 +36,7 @@ class Arm:
     text: str
     recipe: TrainRecipe
     config: Mapping[str, Any]
+    sizes: Sizes
     parameters: int
     flops: int
     own_flops: int
@@ -68,17 +72,16 @@ def make_arms(recipe: ExperimentRecipe, texts: Path) -> dict[str, Arm]:
             the arm that it goes on from.
     """
     made: dict[str, Arm] = {}
-    # Those that others are matched to, or go on from, come first.
-    for name in sorted(recipe.arms, key=lambda name: _depth(recipe, name)):
+    for name in recipe.order:
         made[name] = _made(recipe, name, texts, made)
     for arm in made.values():
         _require_shared_beginning(arm, made)
+        if recipe.maps is not None and recipe.maps.every % arm.recipe.save_every:
+            raise RecipeError(
+                f"maps: every {recipe.maps.every} steps is not where arm {arm.name} leaves states; let save_every "
+                f"({arm.recipe.save_every}) divide it"
+            )
     return {name: made[name] for name in recipe.arms}
-
-
-def _depth(recipe: ExperimentRecipe, name: str) -> int:
-    spec = recipe.arms[name]
-    return (spec.grown_from is not None) + 2 * (spec.parameters is not None or spec.flops is not None)
 
 
 def _made(recipe: ExperimentRecipe, name: str, texts: Path, made: Mapping[str, Arm]) -> Arm:
@@ -100,20 +103,38 @@ def _fields(recipe: ExperimentRecipe, name: str, texts: Path, made: Mapping[str,
         return {**begun, **own, "growth": [spec.growth], "multipliers": spec.multipliers,
                 "health_every": recipe.base.get("health_every", 0)}  # fmt: skip
     data = {"train": str(text / TRAINING_FILE), "evaluation": str(text / HELD_OUT_FILE)}
-    model = {"config": merged(recipe.base["model"]["config"], spec.config)}
+    model = {**recipe.base["model"], "config": merged(recipe.base["model"]["config"], spec.config)}
     # Health is that of copies, which a model has that was grown.
-    return merged(dict(recipe.base), {**own, "data": data, "health_every": 0}) | {"model": model}
+    fields = merged(dict(recipe.base), {**own, "data": data, "health_every": 0}) | {"model": model}
+    if spec.context_length is not None:
+        fields["evaluate_on"] = _same_text(name, recipe.base, spec.context_length)
+    return fields
+
+
+def _same_text(name: str, base: Fields, length: int) -> int:
+    """As many sequences of an arm's own length as have the held-out text of the other arms."""
+    of_others, count = base.get("context_length"), base.get("evaluate_on", _EVALUATE_ON)
+    if not isinstance(of_others, int) or not isinstance(count, int) or of_others * count % length:
+        raise RecipeError(
+            f"arm {name}: context_length {length} does not divide the held-out text of other arms, evaluate_on "
+            f"({count}) sequences of context_length ({of_others}); change one of them"
+        )
+    return of_others * count // length
 
 
 def _resolved(recipe: ExperimentRecipe, name: str, fields: Mapping[str, Any]) -> Arm:
     made = make_train_recipe(fields, f"arm {name}")
-    legs = forecast(made, 1).legs
+    try:
+        legs, config = forecast(made, 1).legs, headers_of(made, 1)[-1].config
+    except GdagrowError as error:  # which knows of no arms
+        raise RecipeError(f"arm {name}: {error}") from None
     return Arm(
         name=name,
         spec=recipe.arms[name],
         text=recipe.text_of(recipe.arms[name]),
         recipe=made,
-        config=final_config(made),
+        config=config,
+        sizes=legs[-1].model.sizes,
         parameters=legs[-1].model.num_parameters,
         flops=sum(_flops(leg) for leg in legs),
         own_flops=_flops(legs[-1]),
@@ -122,11 +143,6 @@ def _resolved(recipe: ExperimentRecipe, name: str, fields: Mapping[str, Any]) ->
 
 def _flops(leg: Leg) -> int:
     return leg.flops_per_step * (leg.end - leg.begin)
-
-
-def final_config(recipe: TrainRecipe) -> Mapping[str, Any]:
-    """The config of the model at the end of a run."""
-    return headers_of(recipe, 1)[-1].config
 
 
 def _with_parameters(recipe: ExperimentRecipe, arm: Arm, wanted: int) -> Arm:
@@ -153,8 +169,7 @@ def _with_ffn(recipe: ExperimentRecipe, arm: Arm, ffn: int) -> Arm:
         expand = {key: value for key, value in arm.spec.growth.expand.as_dict().items() if key not in ("ffn", "ffn_to")}
         growth = {**fields["growth"][0], "expand": {**expand, "ffn_to": ffn}}
         changed = {**fields, "growth": [growth]}
-    made = _resolved(recipe, arm.name, changed)
-    return replace(made, spec=arm.spec)
+    return _resolved(recipe, arm.name, changed)
 
 
 def _with_flops(recipe: ExperimentRecipe, arm: Arm, wanted: int) -> Arm:

@@ -70,22 +70,21 @@ def recipe_as_kept(recipe: ExperimentRecipe) -> dict[str, Any]:
 
 
 def _measured_arm(arm: Arm, rate: float) -> MeasuredArm:
-    config, growth = arm.config, arm.recipe.growth[0] if arm.recipe.growth else None
-    num_heads = config["num_attention_heads"]
-    noise = config.get("num_noise_heads", 0)
+    sizes, heads, growth = arm.sizes, arm.sizes.heads, arm.recipe.growth[0] if arm.recipe.growth else None
+    noise = heads.num_query_heads - heads.num_signal_heads
     return MeasuredArm(
         name=arm.name,
         told=arm.spec.told,
         text=arm.text,
         context_length=arm.recipe.context_length,
         attention="grouped differential" if noise else "standard",
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        head_dim=config["head_dim"],
-        signal_heads=num_heads - noise,
+        hidden=sizes.hidden,
+        ffn=sizes.ffn,
+        layers=sizes.num_layers,
+        head_dim=sizes.head_dim,
+        signal_heads=heads.num_signal_heads,
         noise_heads=noise,
-        kv_heads=config["num_key_value_heads"],
+        kv_heads=heads.num_kv_groups * heads.value_heads,
         parameters=arm.parameters,
         tokens=arm.tokens,
         flops=float(arm.flops),

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gdagrow.errors import DivergedError, TrainError
+from gdagrow.train.beginning import write_recipe
+from gdagrow.train.data import open_tokens, prepare_tokens
 from gdagrow.train.metrics import MetricsFile, metrics_lines
 from gdagrow.train.recipe import TrainRecipe, read_train_recipe
 from gdagrow.train.run_directory import (
@@ -23,6 +25,7 @@ from gdagrow.train.run_directory import (
 
 MAPS_FILE: Final = "maps.json"
 DIVERGED_FILE: Final = "diverged.json"
+_VOCAB: Final = 2**16  # a bound; the training looks at every token
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ class Job:
         return (self.directory / DIVERGED_FILE).exists() or ((self.directory / MODEL).exists() and measured)
 
     @property
+    def mapped_steps(self) -> list[int]:
+        """Those after which its attention maps are measured."""
+        if not self.map_every:
+            return []
+        steps = self.recipe.steps
+        return sorted(step for step in {*range(0, steps, self.map_every), steps} if step > self.fork_at)
+
+    @property
     def steps(self) -> int:
         """Those that it trains itself."""
         return self.recipe.steps - self.fork_at
@@ -67,8 +78,9 @@ def require_same(job: Job) -> None:
     before, now = read_train_recipe(path).model_dump(), job.recipe.model_dump()
     # Where the text lies may change; that it is the same text is known before.
     differ = [key for key in now if key not in ("data", "keep") and before[key] != now[key]]
-    # A fork that has not begun yet has the recipe of the run that it goes on from.
-    if differ and (job.is_done or job.forked_from is None):
+    if job.map_every and (maps := job.directory / MAPS_FILE).exists():
+        differ += ["maps"] * ([entry["step"] for entry in json.loads(maps.read_bytes())] != job.mapped_steps)
+    if differ:
         raise TrainError(
             f"{job.directory} was run with another {', '.join(differ)} than the recipe says; remove it to run it "
             "again, or choose another --out"
@@ -83,6 +95,7 @@ def run_job(job: Job, tick: Callable[[int], None]) -> None:
     """
     if job.is_done:
         return
+    _find_text(job)
     if not (job.directory / MODEL).exists():
         try:
             _train(job, tick)
@@ -95,6 +108,15 @@ def run_job(job: Job, tick: Callable[[int], None]) -> None:
     if job.map_every:
         _write_json(job.directory / MAPS_FILE, _measured_maps(job))
     _remove_states(job)
+
+
+def _find_text(job: Job) -> None:
+    """Let a run go on whose experiment was moved: it knows where its text was."""
+    path = job.directory / RECIPE_FILE
+    if path.exists() and read_train_recipe(path).data != job.recipe.data:
+        shutil.rmtree(job.directory / TOKENS, ignore_errors=True)
+        prepare_tokens(job.recipe.data, job.directory / TOKENS, _VOCAB, None)
+        write_recipe(job.recipe, path)
 
 
 def _train(job: Job, tick: Callable[[int], None]) -> None:
@@ -126,9 +148,8 @@ def _fork(job: Job, source: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     shutil.copytree(state, partial / state.name)
-    shutil.copytree(source / TOKENS, partial / TOKENS)
-    for name in (RECIPE_FILE, METRICS_FILE):
-        shutil.copyfile(source / name, partial / name)
+    write_recipe(job.recipe, partial / RECIPE_FILE)
+    shutil.copyfile(source / METRICS_FILE, partial / METRICS_FILE)
     MetricsFile(partial / METRICS_FILE, job.fork_at)  # what came later is not this run's
     os.rename(partial, job.directory)
 
@@ -137,17 +158,17 @@ def _measured_maps(job: Job) -> list[dict[str, Any]]:
     import torch
 
     from gdagrow.experiment.maps import measure_maps
-    from gdagrow.train.data import open_tokens
 
-    vocab = 2**16  # a bound; the training has looked at every token
-    _, held_out = open_tokens(job.recipe.data, job.directory / TOKENS, job.recipe.context_length, vocab)
+    found = {state.step: state for state in states(job.directory) if not state.grown}
+    if gone := [step for step in job.mapped_steps if step not in found]:
+        raise TrainError(
+            f"{job.directory} has no state any more after step {gone[0]}, whose attention maps are to be measured; "
+            "remove it to run it again"
+        )
+    _, held_out = open_tokens(job.recipe.data, job.directory / TOKENS, job.recipe.context_length, _VOCAB)
     assert held_out is not None
     tokens = torch.stack([held_out[index]["input_ids"] for index in range(min(job.map_sequences, len(held_out)))])
-    return [
-        {"step": state.step, "layers": list(measure_maps(state.directory, tokens))}
-        for state in states(job.directory)
-        if not state.grown and state.step % job.map_every == 0 and state.step > job.fork_at
-    ]
+    return [{"step": step, "layers": list(measure_maps(found[step].directory, tokens))} for step in job.mapped_steps]
 
 
 def _remove_states(job: Job) -> None:

@@ -1,6 +1,7 @@
 """What a user asks of an experiment: arms that differ in one thing, seeds, a budget, what is compared with what."""
 
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from gdagrow.train.recipe import Count, MidRunGrowth, Paths, Positive, Share, to
 _NOT_SHARED = ("data", "seed", "growth", "multipliers", "freeze")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+# Of an arm, or of a text, which has a directory of that name.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Fields = Mapping[str, Any]
 
 
@@ -49,10 +52,22 @@ class Tuning(_Strict):
     seed: Seed
     shared: bool = False
 
+    @model_validator(mode="after")
+    def _each_once(self) -> "Tuning":
+        if len({rate_name(rate) for rate in self.learning_rates}) < len(self.learning_rates):
+            raise ValueError("learning_rates: expected each once, told apart by six digits")
+        return self
+
+
+def rate_name(rate: float) -> str:
+    """A learning rate of a sweep as a name."""
+    return f"{rate:g}"
+
 
 class MapsPlan(_Strict):
-    """Attention maps, measured every so many steps in the runs of the first `seeds` seeds.
+    """Attention maps, measured every so many steps and at the end in the runs of the first `seeds` seeds.
 
+    every: A multiple of `save_every`, since they are those of states.
     sequences: Held-out sequences that they are measured on.
     """
 
@@ -66,7 +81,8 @@ class ArmSpec(_Strict):
 
     told: What it is called in tables and plots.
     config: Keys of the model's `config.json` that are other than in `base`.
-    text, context_length, batch_size, steps: Other than those of `base`; the first text if left out.
+    text, context_length, batch_size, steps: Other than those of `base`; the first text if left out. Arms of other
+        contexts are evaluated on as much text, in fewer or more sequences than `evaluate_on`.
     parameters: Choose the FFN, of the model or of what it grows into, so that it has as many parameters as this arm.
     flops: Choose the steps so that training takes as many FLOPs as this arm's.
     learning_rate_of: Take the learning rate of this arm, which is of the same size, and sweep none.
@@ -103,6 +119,11 @@ class ArmSpec(_Strict):
             raise ValueError("flops chooses the steps; leave one of them out")
         return self
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The arms that must be known before this one."""
+        return tuple(other for other in (self.grown_from, self.parameters, self.flops) if other is not None)
+
 
 class ComparisonSpec(_Strict):
     """Arms held against one of them, seed by seed.
@@ -114,6 +135,12 @@ class ComparisonSpec(_Strict):
     matched: str
     reference: str
     arms: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "ComparisonSpec":
+        if len({self.reference, *self.arms}) <= len(self.arms):
+            raise ValueError(f"{self.told}: expected reference and arms to name each arm once")
+        return self
 
 
 class Planned(_Strict):
@@ -135,14 +162,14 @@ class ExperimentRecipe(_Strict):
 
     title: str
     question: str
-    texts: Annotated[Mapping[str, TextSource], Field(min_length=1)]
+    texts: Annotated[Mapping[Name, TextSource], Field(min_length=1)]
     base: Fields
     seeds: Annotated[tuple[Seed, ...], Field(min_length=2)]
     planned: Planned
     tune: Tuning | None = None
     maps: MapsPlan | None = None
     grow_at: Count | None = None
-    arms: Annotated[Mapping[str, ArmSpec], Field(min_length=2)]
+    arms: Annotated[Mapping[Name, ArmSpec], Field(min_length=2)]
     comparisons: Annotated[tuple[ComparisonSpec, ...], Field(min_length=1)]
     scales: Mapping[str, Fields] = {}
 
@@ -165,7 +192,8 @@ class ExperimentRecipe(_Strict):
             raise ValueError("seeds: expected each once")
         if wrong := [key for key in _NOT_SHARED if key in self.base]:
             raise ValueError(f"base: {', '.join(wrong)} belong to arms or to the experiment; leave them out")
-        if not isinstance(self.base.get("model"), Mapping) or "config" not in self.base["model"]:
+        model = self.base.get("model")
+        if not isinstance(model, Mapping) or not isinstance(model.get("config"), Mapping):
             raise ValueError("base: expected model with a config, the keys of a config.json")
         if self.tune and self.tune.seed in self.seeds:
             raise ValueError(f"tune: seed {self.tune.seed} is one of the experiment's own; give another")
@@ -178,8 +206,9 @@ class ExperimentRecipe(_Strict):
         named = [
             (f"arms.{name}.{key}", other)
             for name, arm in self.arms.items()
-            for key, other in (("from", arm.grown_from), ("parameters", arm.parameters), ("flops", arm.flops))
-        ]
+            for key, other in (("from", arm.grown_from), ("parameters", arm.parameters), ("flops", arm.flops),
+                               ("learning_rate_of", arm.learning_rate_of))
+        ]  # fmt: skip
         named += [(f"comparisons ({spec.told})", arm) for spec in self.comparisons
                   for arm in (spec.reference, *spec.arms)]  # fmt: skip
         for where, other in named:
@@ -195,6 +224,17 @@ class ExperimentRecipe(_Strict):
             for other in (arm.parameters, arm.flops):
                 if other and (self.arms[other].parameters or self.arms[other].flops):
                     raise ValueError(f"arms.{name}: {other} is matched to another arm itself; name that one")
+        try:
+            _ = self.order
+        except CycleError as error:
+            raise ValueError(
+                f"arms: {' needs '.join(reversed(error.args[1]))}, so that none can be the first"
+            ) from None
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The arms, each after those that it goes on from or is matched to."""
+        return tuple(TopologicalSorter({name: arm.needed for name, arm in self.arms.items()}).static_order())
 
     def text_of(self, arm: ArmSpec) -> str:
         """The name of an arm's text."""
@@ -218,7 +258,7 @@ def read_experiment(path: Path, scale: str | None = None) -> ExperimentRecipe:
         values = merged(values, scales[scale])
         origin += f", scale {scale}"
     try:
-        return ExperimentRecipe.model_validate({**values, "scales": {}})
+        return ExperimentRecipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{origin}: " + "; ".join(told_mistake(item) for item in error.errors())) from None
 

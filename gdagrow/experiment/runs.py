@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final, Protocol
 
-from gdagrow.errors import GdagrowError, TrainError
+from gdagrow.errors import OutputError, TrainError
 from gdagrow.experiment.arms import Arm, make_arms
 from gdagrow.experiment.jobs import DIVERGED_FILE, Job, lines_of, require_same
-from gdagrow.experiment.recipe import ExperimentRecipe
+from gdagrow.experiment.recipe import ExperimentRecipe, rate_name
 from gdagrow.experiment.text import PreparedText, prepare_text
 from gdagrow.experiment.workers import Workers, alone_in
 
@@ -62,7 +62,15 @@ class Experiment:
         return {name: self._prepared(name) for name in self.recipe.texts if name in used}
 
     def _prepared(self, name: str) -> PreparedText:
-        source = self.recipe.texts[name]
+        source, directory = self.recipe.texts[name], self.directory / TEXTS / name
+        begun = [
+            arm.name for arm in self.arms.values() if arm.text == name and (self.directory / RUNS / arm.name).exists()
+        ]
+        if begun and not directory.exists():
+            raise TrainError(
+                f"{directory} is gone, on which {', '.join(begun)} were trained, and what is made anew may be another "
+                "text; restore it, or choose another --out"
+            )
         lengths = {arm.recipe.context_length for arm in self.arms.values() if arm.text == name}
         if wrong := [length for length in lengths if max(lengths) % length]:
             raise TrainError(
@@ -70,7 +78,7 @@ class Experiment:
                 "two could not be held against the same text; choose multiples"
             )
         return prepare_text(
-            source.documents, source.kind, self.directory / TEXTS / name, held_out=source.held_out,
+            source.documents, source.kind, directory, held_out=source.held_out,
             stretch=max(lengths), exclude=source.exclude,
         )  # fmt: skip
 
@@ -83,8 +91,8 @@ class Experiment:
             return []
         return [
             Job(
-                f"{arm.name}, learning rate {rate:g}",
-                self.directory / RUNS / arm.name / f"rate-{rate:g}",
+                f"{arm.name}, learning rate {rate_name(rate)}",
+                self.directory / RUNS / arm.name / f"rate-{rate_name(rate)}",
                 arm.at(rate, tune.seed, steps=tune.steps),
                 may_diverge=True,
             )
@@ -158,8 +166,12 @@ class Experiment:
 
         Raises:
             GdagrowError: the directory is in use, or has runs of another recipe.
+            RuntimeError: a bug showed in a worker, whose trace is the cause.
         """
-        (self.directory / RUNS).mkdir(parents=True, exist_ok=True)
+        try:
+            (self.directory / RUNS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.directory} cannot be made ({error.strerror}); choose another --out") from None
         with alone_in(self.directory), Workers(num_workers, self.directory) as workers:
             errors = _run_all(self.sweep(), workers, watcher, "learning rates")
             return errors or _run_all(self.runs(), workers, watcher, "arms")
@@ -183,12 +195,13 @@ def _run_all(jobs: Sequence[Job], workers: Workers, watcher: Watcher, told: str)
     for job in jobs:
         require_same(job)
     watcher.stage(told, jobs)
+    by_directory = {job.directory: job for job in jobs}
     left, failed = [job for job in jobs if not job.is_done], dict[Path, str]()
     while left or workers.is_busy:
-        due = [job for job in left if _is_ready(job, jobs)] if workers.is_free else []
-        if due:
-            left.remove(due[0])
-            workers.begin(due[0])
+        due = next((job for job in left if _is_ready(job, by_directory)), None) if workers.is_free else None
+        if due is not None:
+            left.remove(due)
+            workers.begin(due)
             continue
         if not workers.is_busy:
             break  # what is left goes on from what failed
@@ -196,13 +209,13 @@ def _run_all(jobs: Sequence[Job], workers: Workers, watcher: Watcher, told: str)
         job = finished.job
         if finished.error is None:
             watcher.done(job, final_loss(job))
-        elif finished.unexpected:
-            raise GdagrowError(f"{job.told}: {finished.error}")
+        elif finished.trace is not None:
+            raise RuntimeError(f"{job.told}: {finished.error}") from RuntimeError(finished.trace)
         else:
             failed[job.directory] = f"{job.told}: {finished.error}"
             watcher.failed(job, finished.error)
     return list(failed.values())
 
 
-def _is_ready(job: Job, jobs: Sequence[Job]) -> bool:
-    return all(other.is_done for other in jobs if other.directory == job.forked_from)
+def _is_ready(job: Job, by_directory: Mapping[Path, Job]) -> bool:
+    return job.forked_from is None or by_directory[job.forked_from].is_done

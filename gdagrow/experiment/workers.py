@@ -1,17 +1,19 @@
 """Processes of one thread each that run jobs; none outlives the process that started them by more than a step."""
 
 import fcntl
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Final
+from traceback import format_exc
+from typing import IO, Any, Final
 
-from gdagrow.errors import GdagrowError, TrainError
+from gdagrow.errors import GdagrowError, OutputError, TrainError
 from gdagrow.experiment.jobs import Job, run_job
 
 _LOCK: Final = ".lock"
@@ -21,11 +23,11 @@ _OMP: Final = {"OMP_NUM_THREADS": "1"}
 
 @dataclass(frozen=True)
 class Finished:
-    """A job that is done, or why it is not; `unexpected` if that is no mistake of a user's."""
+    """A job that is done, or why it is not; with a `trace` if that is a bug of ours."""
 
     job: Job
     error: str | None
-    unexpected: bool = False
+    trace: str | None = None
 
 
 class Workers:
@@ -95,10 +97,15 @@ class Workers:
         ours, theirs = context.Pipe()
         before = {key: os.environ.get(key) for key in _OMP}
         os.environ.update(_OMP)  # read when the new process imports torch
+        # Ctrl-C goes to all processes of a terminal. The new one never sees it, from its first moment on: this one
+        # ends it.
+        resource_tracker.ensure_running()  # which takes a mask away when it begins
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = context.Process(target=_work, args=(theirs, os.getpid(), self._experiment), daemon=True)
             process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             for key, value in before.items():
                 if value is None:
                     del os.environ[key]
@@ -110,13 +117,19 @@ class Workers:
 
 def _work(connection: Connection, parent: int, experiment: Path) -> None:
     """Run jobs until there is no one left to ask for them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, to all processes; the parent ends this one
     import torch
 
+    import gdagrow.train.run  # noqa: F401  (what follows is about what it imports)
+
     torch.set_num_threads(1)
+    # Every run collects garbage a few times, each time through all that was imported: 70% of the time of a run of a
+    # few steps. What stays for ever need not be looked at.
+    gc.collect()
+    gc.freeze()
     with (experiment / _WORKERS_LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        while True:
+        # A process that starts when its parent is killed must not begin a run that another one may have begun since.
+        while os.getppid() == parent:
             try:
                 job = connection.recv()
             except EOFError:
@@ -130,14 +143,16 @@ def _tick(connection: Connection, parent: int, step: int) -> None:
     connection.send(step)
 
 
-def _outcome(job: Job, tick: Callable[[int], None]) -> tuple[str | None, bool]:
+def _outcome(job: Job, tick: Callable[[int], None]) -> tuple[str | None, str | None]:
     try:
         run_job(job, tick)
     except GdagrowError as error:
-        return str(error), False
+        return str(error), None
+    except OSError as error:
+        return f"{error.filename or job.directory}: {error.strerror}; the same command goes on", None
     except Exception as error:
-        return f"{type(error).__name__}: {error}", True
-    return None, False
+        return f"{type(error).__name__}: {error}", format_exc()
+    return None, None
 
 
 @contextmanager
@@ -146,12 +161,20 @@ def alone_in(experiment: Path) -> Iterator[None]:
 
     Raises:
         TrainError: another one has it.
+        OutputError: nothing can be written there.
     """
-    with (experiment / _LOCK).open("w") as lock:
+    with _opened(experiment / _LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise TrainError(f"{experiment}: another process runs this experiment; wait for it or stop it") from None
-        with (experiment / _WORKERS_LOCK).open("w") as workers:
+        with _opened(experiment / _WORKERS_LOCK) as workers:
             fcntl.flock(workers, fcntl.LOCK_EX)
         yield
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}); choose another --out") from None

@@ -14,6 +14,10 @@ from tests.experiments import CONFIG, experiment, with_arms, write_experiment
 GROWN: dict[str, Any] = {"told": "grown", "from": "none", "growth": {"expand": {"signal": 2}}}
 
 
+def of_base(**changes: Any) -> dict[str, Any]:
+    return {"base": {**experiment()["base"], **changes}}
+
+
 def arms_of(tmp_path: Path, **changes: Any) -> dict[str, Arm]:
     return make_arms(read_experiment(write_experiment(tmp_path / "recipe.yaml", **changes)), tmp_path / "text")
 
@@ -28,6 +32,25 @@ def test_an_arm_is_the_base_with_what_it_has_of_its_own(tmp_path: Path) -> None:
     assert (recipe.health_every, made["signal"].recipe.health_every) == (0, 2)  # health is that of copies
     assert made["wide"].tokens == 20 * 2 * 32
     assert list(made) == ["none", "signal", "uniform", "wide"]
+
+
+def test_an_arm_may_go_on_from_one_that_is_matched(tmp_path: Path) -> None:
+    wide = {"told": "1:1", "config": {"num_noise_heads": 4}, "parameters": "none"}
+    made = arms_of(tmp_path, **with_arms(grown={**GROWN, "from": "wide"}, wide=wide))
+    assert made["grown"].config["intermediate_size"] == made["wide"].config["intermediate_size"] != 24
+
+
+def test_sizes_that_a_config_leaves_to_its_defaults_are_known(tmp_path: Path) -> None:
+    llama = {"model_type": "llama", "num_noise_heads": None, "num_key_value_heads": None, "head_dim": None}
+    sizes = arms_of(tmp_path, **with_arms(standard={"told": "x", "config": llama}))["standard"].sizes
+    assert (sizes.head_dim, sizes.heads.num_kv_groups, sizes.heads.num_query_heads) == (2, 8, 8)
+
+
+def test_arms_of_other_contexts_are_held_against_the_same_text(tmp_path: Path) -> None:
+    made = arms_of(tmp_path, **with_arms(long={"told": "x", "context_length": 128, "batch_size": 1}))
+    assert (made["none"].recipe.evaluate_on, made["long"].recipe.evaluate_on) == (8, 2)  # of 32 and 128 tokens
+    with pytest.raises(RecipeError, match="arm long: context_length 96 does not divide the held-out text of other"):
+        arms_of(tmp_path, **with_arms(long={"told": "x", "context_length": 96}))
 
 
 def test_the_step_of_growths_is_said_once(tmp_path: Path) -> None:
@@ -80,7 +103,9 @@ def test_flops_count_what_an_arm_goes_on_from_once(tmp_path: Path) -> None:
         (with_arms(short={"told": "x", "from": "none", "growth": {"at": 8, "expand": {"uniform": 2}},
                           "flops": "tiny"}, tiny={"told": "x", "steps": 2}),
          "arm short: its training takes as many FLOPs as that of tiny before step 8, where it grows; grow it earlier"),
-        (with_arms(bad={"told": "x", "config": {"num_noise_heads": 3}}), "num_noise_heads"),
+        (with_arms(bad={"told": "x", "config": {"num_noise_heads": 3}}), "arm bad: config.json: num_attention_heads 8"),
+        ({"maps": {"every": 6, "seeds": 1}}, "maps: every 6 steps is not where arm none leaves states; let save_every"),
+        (of_base(model={"config": dict(CONFIG), "confg": 1}), "arm none: unknown key 'model.confg'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -105,10 +130,19 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], told: str, tmp_path:
         ({"seeds": [1]}, "seeds"),
         ({"tune": {"learning_rates": [1e-3, 2e-3], "steps": 2, "seed": 1}}, "tune: seed 1 is one of the experiment's"),
         ({"maps": {"every": 2, "seeds": 3}}, "maps: expected at most 2 seeds, got 3"),
-        ({"base": {**experiment()["base"], "seed": 3}}, "base: seed belong to arms or to the experiment"),
-        ({"base": {**experiment()["base"], "model": {"directory": "x"}}}, "base: expected model with a config"),
+        (of_base(seed=3), "base: seed belong to arms or to the experiment"),
+        (of_base(model={"directory": "x"}), "base: expected model with a config"),
         ({"comparisons": [{"told": "x", "matched": "y", "reference": "none", "arms": ["ten"]}]},
          "comparisons (x): there is no arm 'ten'"),
+        ({"comparisons": [{"told": "x", "matched": "y", "reference": "none", "arms": ["signal", "none"]}]},
+         "comparisons.0: x: expected reference and arms to name each arm once"),
+        (with_arms(lone={"told": "x", "learning_rate_of": "ten"}), "arms.lone.learning_rate_of: there is no arm 'ten'"),
+        (with_arms(lone={**GROWN, "from": "wide"}, wide={"told": "x", "parameters": "lone"}),
+         "arms: lone needs wide needs lone, so that none can be the first"),
+        (with_arms(**{"../lone": {"told": "x"}}), "string should match pattern"),
+        ({"tune": {"learning_rates": [1e-3, 1.0000001e-3], "steps": 2, "seed": 9}}, "expected each once"),
+        (of_base(model={"config": 5}), "base: expected model with a config"),
+        ({"scales": {"quick": 5}}, "scales.quick: input should be a valid dictionary"),
         ({"wrong": 1}, "unknown key 'wrong'"),
     ],
 )  # fmt: skip

@@ -101,7 +101,8 @@ def run_job(job: Job, tick: Callable[[int], None]) -> None:
             _train(job, tick)
         except DivergedError as error:
             if not job.may_diverge:
-                raise
+                what = str(error).partition(";")[0]  # what to do about it is another thing here
+                raise TrainError(f"{what}; lower the learning rate, remove {job.directory}, and run it again") from None
             _write_json(job.directory / DIVERGED_FILE, {"error": str(error)})
             _remove_states(job)
             return

@@ -162,7 +162,7 @@ def test_a_run_that_diverges_is_told_and_the_others_are_done(
     )
     outcome = call(capsys, "experiment", recipe, "--out", tmp_path / "out", "--jobs", 1)
     assert outcome.code == 2
-    assert "error: bad, seed 0: step 2: the loss is nan" in outcome.err
+    assert "error: bad, seed 0: step 2: the loss is nan; lower the learning rate, remove " in outcome.err
     assert {run.arm for run in read_results(tmp_path / "out" / "results.json").runs} == {"none"}
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import gcd, prod
 from typing import Any, Final
 
-from gdagrow.archs import Parameter, Sizes, architecture_of
+from gdagrow.archs import Parameter, Sizes, trained_of
 from gdagrow.axes import parse
 from gdagrow.formats.file_layout import FileLayout
 from gdagrow.header import ITEM_BYTES, Header
@@ -118,7 +118,7 @@ def checkpoint_figures(header: Header) -> ModelFigures:
     Raises:
         CheckpointError: no table covers it, or its tensors do not fit the table.
     """
-    architecture = architecture_of(header.config)
+    architecture = trained_of(header.config)
     sizes = architecture.sizes(header.config)
     rows = claim(header, architecture, sizes)
     tensors = [
@@ -171,6 +171,6 @@ def _figures(tensors: Iterable[ModelTensor], sizes: Sizes, files: Mapping[str, i
 
 
 def _attention_flops(sizes: Sizes, context_length: int) -> int:
-    """Scores over `head_dim` and values of twice that width, for each map: one a signal head, one a group's noise."""
-    widths = sizes.head_dim + 2 * sizes.head_dim
+    """Scores over `head_dim` and values of their width, for each map: one a signal head, one a group's noise."""
+    widths = sizes.head_dim + sizes.heads.value_heads * sizes.head_dim
     return sizes.num_layers * sizes.heads.num_query_heads * 2 * widths * context_length

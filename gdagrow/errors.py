@@ -35,3 +35,7 @@ class ReportError(GdagrowError):
 
 class TrainError(GdagrowError):
     """A training run cannot be started, gone on with, or kept up: bad data, a run of other settings, a loss of NaN."""
+
+
+class DivergedError(TrainError):
+    """A run's loss is not finite."""

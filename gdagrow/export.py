@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import gdagrow
-from gdagrow.archs import architecture_of
+from gdagrow.archs import trained_of
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.publish import (
@@ -71,7 +71,7 @@ def export(header: Header, target: Path, *, with_code: bool, progress: Callable[
         OutputError: the target exists or lies in the source, there is no room, or the disk refuses.
     """
     source, place = header.directory, Path(os.path.abspath(target))
-    architecture = architecture_of(header.config)
+    architecture = trained_of(header.config)
     claim(header, architecture, architecture.sizes(header.config))
     if with_code:
         _require_runnable(header)

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 from gdagrow.axes import AxisMaps, IndexMap
 from gdagrow.errors import PlanError
@@ -29,7 +30,12 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Heads:
-    """`num_groups` query groups of `ratio` signal heads and one noise head, served by `num_kv_groups` KV groups."""
+    """`num_groups` query groups of `ratio` signal heads and one noise head, served by `num_kv_groups` KV groups.
+
+    value_heads: How many times `head_dim` wide the values are that a map is applied to.
+    """
+
+    value_heads: ClassVar[int] = 2
 
     num_groups: int
     ratio: int
@@ -42,6 +48,10 @@ class Heads:
     @property
     def num_query_heads(self) -> int:
         return self.num_groups * (self.ratio + 1)
+
+    @property
+    def told_ratio(self) -> str:
+        return str(Ratio(self.ratio))
 
     @property
     def groups_per_kv(self) -> int:

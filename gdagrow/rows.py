@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gdagrow.archs import Architecture, Parameter, Sizes, in_model_order
+from gdagrow.archs import Architecture, Parameter, Sizes, Trained, in_model_order
 from gdagrow.axes import parse
 from gdagrow.errors import CheckpointError
 from gdagrow.growth import GrowthMaps, TensorGrowth
@@ -13,7 +13,7 @@ from gdagrow.views import origin_of
 GROWABLE_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
-def claim(header: Header, architecture: Architecture, sizes: Sizes) -> dict[str, Parameter]:
+def claim(header: Header, architecture: Trained, sizes: Sizes) -> dict[str, Parameter]:
     """Give every stored tensor its one row of the table.
 
     Returns:

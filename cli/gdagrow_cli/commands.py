@@ -219,3 +219,47 @@ def train(
     from gdagrow_cli.train_view import run_training
 
     run_training(recipe, out, resume=resume, restart=restart, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def experiment(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file that says which arms to train and how.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The experiment's directory; by default the recipe's name, here.")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of the recipe's other scales, such as gpu.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", metavar="", show_default=False, help="The recipe's smallest scale: does it all work?"),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Runs at a time, one thread each; by default as many as there are cores."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", metavar="", show_default=False, help="Say what would be run and what it takes; make nothing."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the arms of an experiment with every seed, and compare them: results.json, tables and plots.
+
+    Goes on where it was stopped: the same command line starts it and takes it up again. Needs the package's extra
+    `experiment`.
+    """
+    from gdagrow_cli.experiment_view import experiment_at, run_experiment, show_experiment
+
+    chosen = experiment_at(recipe, out, scale, quick=quick)
+    if dry_run:
+        show_experiment(chosen, as_json=as_json)
+        return
+    run_experiment(chosen, jobs, as_json=as_json, quiet=quiet)

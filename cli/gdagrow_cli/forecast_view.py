@@ -52,7 +52,7 @@ def _print(console: Console, found: Forecast) -> None:
 def _rows(legs: tuple[Leg, ...]) -> list[tuple[str, list[str]]]:
     rows = [
         ("parameters", [count_text(leg.model.num_parameters) for leg in legs]),
-        ("ratio", [f"{leg.model.sizes.heads.ratio}:1" for leg in legs]),
+        ("ratio", [leg.model.sizes.heads.told_ratio for leg in legs]),
         ("work of a step", [flops_text(leg.flops_per_step) for leg in legs]),
         ("memory of a process", ["" for _ in legs]),
     ]

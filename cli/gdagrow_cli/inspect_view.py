@@ -23,8 +23,8 @@ def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
         CheckpointError: it cannot be read, or no table covers it.
     """
     header = read_checkpoint(checkpoint)
-    figures, growths = checkpoint_figures(header), growths_of(checkpoint)
     name = architecture_of(header.config).name
+    figures, growths = checkpoint_figures(header), growths_of(checkpoint)
     if as_json:
         print_json({"directory": str(checkpoint), "architecture": name, **figures.as_dict(), "grown": growths})
     else:

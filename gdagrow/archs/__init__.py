@@ -53,10 +53,24 @@ class Sizes:
         }  # fmt: skip
 
 
-class Architecture(Protocol):
-    """What gdagrow knows of a family of models."""
+class Trained(Protocol):
+    """What gdagrow knows of a family of models that it can train: their parameters and sizes."""
 
     name: str
+
+    def sizes(self, config: Mapping[str, Any]) -> Sizes:
+        """Read a config. Raises CheckpointError naming every key that is missing or makes no sense."""
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the head reads the embedding's own tensor."""
+
+    def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
+        """Every parameter of a checkpoint with this config."""
+
+
+class Architecture(Trained, Protocol):
+    """What gdagrow knows of a family of models that it can grow, and run to see what they compute."""
+
     embedding: str  # the parameter that a tied head shares
     head: str  # the parameter that an untied head adds
     last_norm: str  # the norm before the head, which carries the split of a tied head's input
@@ -65,17 +79,8 @@ class Architecture(Protocol):
     norm_eps: str | None  # the config's key for the eps of norms over the residual stream, if they alone have it
     only_ratio: int | None  # the one ratio that the layout can hold, None if it holds any
 
-    def sizes(self, config: Mapping[str, Any]) -> Sizes:
-        """Read a config. Raises CheckpointError naming every key that is missing or makes no sense."""
-
-    def is_tied(self, config: Mapping[str, Any]) -> bool:
-        """Whether the head reads the embedding's own tensor."""
-
     def averages_ffn(self, config: Mapping[str, Any]) -> bool:
         """Whether the activation averages over the FFN, so that all its units must have as many copies."""
-
-    def table(self, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
-        """Every parameter of a checkpoint with this config."""
 
     def grown_config(self, config: Mapping[str, Any], grown: Sizes, *, tied: bool) -> dict[str, Any]:
         """The config with only the grown keys changed."""
@@ -99,6 +104,18 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             "(docs/add-an-architecture.md says what a new one takes)"
         )
     return found
+
+
+def trained_of(config: Mapping[str, Any]) -> Trained:
+    """Find what can be trained with a config: whatever can be grown, and the baseline of standard attention.
+
+    Raises:
+        CheckpointError: no table covers it.
+    """
+    from gdagrow.archs.llama import Llama
+
+    llama = Llama()
+    return llama if config.get("model_type") == llama.name else architecture_of(config)
 
 
 def in_model_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tuple[Parameter, int]]:

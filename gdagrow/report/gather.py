@@ -78,6 +78,7 @@ class _Checkpoint:
         self.directory = directory
         self.name = Path(os.path.abspath(directory)).name
         self.header: Header = read_checkpoint(directory)
+        self.architecture = architecture_of(self.header.config).name
         self.figures = checkpoint_figures(self.header)
         self.growths = tuple(growths_of(directory))
 
@@ -99,7 +100,7 @@ class _Measure:
         clones = _try("clones", problems, lambda: clone_similarity(checkpoint.directory, progress=tell))
         return ModelReport(
             name=checkpoint.name, directory=str(checkpoint.directory),
-            architecture=architecture_of(checkpoint.header.config).name, figures=checkpoint.figures,
+            architecture=checkpoint.architecture, figures=checkpoint.figures,
             growths=checkpoint.growths, attention=attention, clones=clones, problems=problems,
         )  # fmt: skip
 

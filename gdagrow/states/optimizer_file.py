@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gdagrow.archs import architecture_of
+from gdagrow.archs import trained_of
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.torch_file import read_torch_file
@@ -71,7 +71,7 @@ def read_optimizer(header: Header, *, check_moments: bool = True) -> OptimizerSt
     path = header.directory / OPTIMIZER_FILE
     tree = read_torch_file(require_inside(header.directory, path))
     _require_optimizer(path, tree)
-    architecture = architecture_of(header.config)
+    architecture = trained_of(header.config)
     # In the order of `named_parameters()`, which the table has and the files need not.
     names = claim(header, architecture, architecture.sizes(header.config))
     state = _named(path, tree, {name: header.tensors[name] for name in names})

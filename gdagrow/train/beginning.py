@@ -45,7 +45,7 @@ def begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> Non
     if last is not None and last.step >= recipe.steps and (run / MODEL).exists():
         raise TrainError(f"{run}: all {recipe.steps} steps are done; to go on, ask for more steps in the recipe")
     shutil.rmtree(run / MODEL, ignore_errors=True)
-    _write_recipe(recipe, run / RECIPE_FILE)
+    write_recipe(recipe, run / RECIPE_FILE)
 
 
 def _changed(recipe: TrainRecipe, before: TrainRecipe, last: RunState | None) -> list[str]:
@@ -60,7 +60,12 @@ def _done(recipe: TrainRecipe, last: RunState) -> list[MidRunGrowth]:
     return [growth for growth in recipe.growth if growth.at < last.step + last.grown]
 
 
-def _write_recipe(recipe: TrainRecipe, path: Path) -> None:
+def write_recipe(recipe: TrainRecipe, path: Path) -> None:
+    """Write the recipe of a run, whole or not at all.
+
+    Raises:
+        TrainError: the disk refuses.
+    """
     from ruamel.yaml import YAML
 
     replacement = path.with_name(f".{path.name}")  # a run killed in the midst of it has a recipe still

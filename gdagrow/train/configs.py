@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from gdagrow.archs import Parameter, architecture_of
+from gdagrow.archs import Parameter, trained_of
 from gdagrow.costs import checkpoint_figures
 from gdagrow.errors import TrainError
 from gdagrow.formats.kind import SHARDED_WEIGHTS
@@ -16,6 +16,8 @@ from gdagrow.train.recipe import ModelSource
 
 # Weights and moments are kept so, whatever a step is computed in.
 KEPT_DTYPE: Final = "F32"
+# What a config says if it does not say so itself; transformers would end a Llama's text at some byte.
+_LEFT_OUT: Final = {"llama": {"hidden_act": "silu", "bos_token_id": None, "eos_token_id": None}}
 
 
 def is_sharded(state: Path) -> bool:
@@ -31,7 +33,8 @@ def header_of(source: ModelSource) -> Header:
         TrainError: the checkpoint is in parts of several processes.
     """
     if source.config is not None:
-        return header_of_config({"model_type": "motif", **source.config})
+        config = {"model_type": "motif", **source.config}
+        return header_of_config({**_LEFT_OUT.get(str(config["model_type"]), {}), **config})
     assert source.directory is not None
     if is_sharded(source.directory):
         raise TrainError(
@@ -49,7 +52,7 @@ def header_of_config(config: Mapping[str, Any]) -> Header:
     Raises:
         CheckpointError: the config makes no sense or has no table.
     """
-    architecture = architecture_of(config)
+    architecture = trained_of(config)
     sizes = architecture.sizes(config)
     rows = [row for row in architecture.table(config) if not row.optional or config.get("use_bias")]
     shapes = {name: row.parsed.shape(sizes.axes) for name, row in _named(rows, sizes.num_layers)}

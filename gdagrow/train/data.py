@@ -83,10 +83,28 @@ class Windows(Dataset[dict[str, Tensor]]):
         return Windows(self._files, self._length, self._vocab, self._begin + begin, self._begin + end)
 
 
+def in_stdlib(pattern: str) -> str:
+    """A path or pattern with Python's own library where it says so."""
+    return pattern.replace(STDLIB, sysconfig.get_path("stdlib"))
+
+
+def matching_files(pattern: str, advice: str = "give the path of a text, JSONL, parquet or token file") -> list[Path]:
+    """The files of a path or pattern, in their order.
+
+    Raises:
+        TrainError: there is none; `advice` says what to do.
+    """
+    wanted = in_stdlib(pattern)
+    found = sorted(Path(path).absolute() for path in glob.glob(wanted, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise TrainError(f"data: {pattern} matches no file; {advice}")
+    return found
+
+
 def require_files(source: DataSource) -> None:
     """Raises TrainError if a path or pattern matches no file."""
     for pattern in (*source.train, *(source.evaluation or ())):
-        _matching(pattern)
+        matching_files(pattern)
 
 
 def prepare_tokens(source: DataSource, directory: Path, vocab: int, end_of_text: int | None) -> None:
@@ -136,7 +154,7 @@ def open_tokens(source: DataSource, directory: Path, length: int, vocab: int) ->
 def _prepared(
     patterns: Iterable[str], source: DataSource, directory: Path, part: str, vocab: int, end_of_text: int | None
 ) -> list[dict[str, Any]]:
-    paths = [path for pattern in patterns for path in _matching(pattern)]
+    paths = [path for pattern in patterns for path in matching_files(pattern)]
     texts = [path for path in paths if path.suffix not in (".bin", ".npy")]
     files = [_token_file(path, source.token_dtype) for path in paths if path not in texts]
     if texts:
@@ -146,14 +164,6 @@ def _prepared(
          "dtype": file.dtype, "offset": file.offset, "num_tokens": file.num_tokens}
         for file in files
     ]  # fmt: skip
-
-
-def _matching(pattern: str) -> list[Path]:
-    wanted = pattern.replace(STDLIB, sysconfig.get_path("stdlib"))
-    found = sorted(Path(path).absolute() for path in glob.glob(wanted, recursive=True) if os.path.isfile(path))
-    if not found:
-        raise TrainError(f"data: {pattern} matches no file; give the path of a text, JSONL, parquet or token file")
-    return found
 
 
 def _token_file(path: Path, dtype: str) -> TokenFile:

@@ -25,6 +25,7 @@ from gdagrow.errors import GdagrowError, OutputError
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
 from gdagrow.formats.publish import staged
 from gdagrow.models.gda import GdaConfig, GdaModel, init_weights, load_model, save_model
+from gdagrow.train.baselines import bigram_loss
 
 # Tests, tables and bundled documents: text unlike the rest, which a small model would only waste its minute on.
 SKIPPED_FOLDERS = frozenset({
@@ -88,14 +89,6 @@ def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` random stretches of `text` as ids, `[count, POSITIONS]` int64."""
     starts = torch.randint(len(text) - POSITIONS, (count, 1), generator=generator)
     return text[starts + torch.arange(POSITIONS)].long()
-
-
-def bigram_loss(training: Tensor, ids: Tensor) -> float:
-    """Nats per byte on `ids` of the bigram model counted on `training`, add-one smoothed."""
-    pairs = training[:-1].long() * 256 + training[1:]
-    counts = torch.bincount(pairs, minlength=256 * 256).view(256, 256) + 1.0
-    log_probability = (counts / counts.sum(dim=1, keepdim=True)).log()
-    return -float(log_probability[ids[:, :-1], ids[:, 1:]].mean())
 
 
 @torch.no_grad()

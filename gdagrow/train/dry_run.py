@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from gdagrow.archs import Sizes
+from gdagrow.archs import Sizes, trained_of
+from gdagrow.archs.llama import Llama
 from gdagrow.costs import ModelFigures, checkpoint_figures
 from gdagrow.errors import TrainError
 from gdagrow.header import Header
@@ -93,6 +94,8 @@ def headers_of(recipe: TrainRecipe, num_processes: int, *, done: int = 0) -> lis
         TrainError: several processes cannot carry out a growth.
     """
     headers = [header_of(recipe.model)]
+    if isinstance(trained_of(headers[0].config), Llama):
+        _require_plain(recipe, num_processes)
     if recipe.freeze is not None:
         _require_at_start(recipe, headers[0])
     for growth in recipe.growth:
@@ -105,6 +108,20 @@ def headers_of(recipe: TrainRecipe, num_processes: int, *, done: int = 0) -> lis
             _require_no_new_parameters(growth.at, plan)
         headers.append(header_of_config(plan.config))
     return headers
+
+
+def _require_plain(recipe: TrainRecipe, num_processes: int) -> None:
+    """Raise TrainError if a recipe asks of standard attention what is made for differential attention alone."""
+    freezes_old = recipe.freeze is not None and recipe.freeze.asks_for_old
+    asked = {
+        "growth": recipe.growth, "multipliers": recipe.multipliers, "health_every": recipe.health_every,
+        "freeze of what is old": freezes_old, "several processes": num_processes > 1,
+    }  # fmt: skip
+    if found := [name for name, is_asked in asked.items() if is_asked]:
+        raise TrainError(
+            f"model_type llama is a baseline of standard attention, trained by one process and never grown: leave out "
+            f"{', '.join(found)}"
+        )
 
 
 def _require_at_start(recipe: TrainRecipe, header: Header) -> None:
@@ -218,7 +235,7 @@ def activation_bytes(config: Mapping[str, Any], sizes: Sizes) -> int:
     computed in float32 and both are kept.
     """
     heads, width = sizes.heads, sizes.head_dim
-    projected = (heads.num_query_heads + 4 * heads.num_kv_groups) * width
-    read = 2 * width * heads.num_query_heads
+    projected = (heads.num_query_heads + 2 * heads.value_heads * heads.num_kv_groups) * width
+    read = heads.value_heads * width * heads.num_query_heads
     gated = {"poly_norm": 8, "silu": 4}[config["hidden_act"]] * sizes.ffn
     return _KEPT_BYTES * (6 * sizes.hidden + projected + 4 * read + gated)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from gdagrow.errors import TrainError
+from gdagrow.errors import DivergedError
 from gdagrow.train.recipe import TrainRecipe
 
 Line = Mapping[str, Any]
@@ -63,6 +63,6 @@ class RunCallback(TrainerCallback):
 
 def _require_finite(step: int, what: str, value: float) -> None:
     if not math.isfinite(value):
-        raise TrainError(
+        raise DivergedError(
             f"step {step}: the {what} is {value}; go on from the last state with a lower learning rate (--resume)"
         )

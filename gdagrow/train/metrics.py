@@ -26,7 +26,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        earlier = (line for line in _lines(path) if line["step"] <= step)
+        earlier = (line for line in metrics_lines(path) if line["step"] <= step)
         kept = takewhile(lambda line: not _is_growth(line, step), earlier)
         replacement = path.with_name(f".{path.name}")
         replacement.write_text("".join(map(_as_line, kept)), encoding="utf-8")
@@ -45,7 +45,8 @@ class MetricsFile:
             raise TrainError(f"{self._path} cannot be written ({error.strerror}); free some space") from None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def metrics_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's file; none if it is not there."""
     if not path.exists():
         return []
     whole = []

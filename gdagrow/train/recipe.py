@@ -104,11 +104,22 @@ class OptimizerSettings(_Strict):
 
 
 class Schedule(_Strict):
-    """The learning rate over the steps: up from 0 within `warm_up` steps, then down to `final` times the peak."""
+    """The learning rate over the steps: up from 0 within `warm_up` steps, then down to `final` times the peak.
 
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    kind: `wsd` (warm up, stay, decay) stays at the peak and goes down linearly in the last `decay` steps, so that runs
+        of any length are the same until there: a growth is tried on several continuations of one run.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warm_up: Steps = 0
+    decay: Count | None = None
     final: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _decay_of_wsd(self) -> "Schedule":
+        if (self.kind == "wsd") != (self.decay is not None):
+            raise ValueError(f"decay, in steps, goes with kind wsd and with no other, got kind {self.kind}")
+        return self
 
 
 class Freeze(_Strict):
@@ -170,7 +181,7 @@ class TrainRecipe(_Strict):
     precision: `bf16` computes in bfloat16 and keeps weights and moments in float32; `fp32` does all in float32.
     save_every, keep: A checkpoint every so many steps, of which the last `keep` stay.
     evaluate_every, evaluate_on: Held-out loss every so many steps (0: at the end alone), on at most so many sequences.
-    multipliers: Apply the learning-rate multipliers of growth.json.
+    multipliers: Apply the learning-rate multipliers of growth.json; if left out, with adamw, which they are for.
     health_every: Look at clones, lambdas and gradients every so many steps; 0 for never.
     seed: Of new weights and of the order of the data.
     """
@@ -191,7 +202,7 @@ class TrainRecipe(_Strict):
     evaluate_every: Steps = 0
     evaluate_on: Count = 256
     log_every: Count = 10
-    multipliers: bool = False
+    multipliers: bool | None = None
     growth: tuple[MidRunGrowth, ...] = ()
     freeze: Freeze | None = None
     health_every: Steps = 0
@@ -212,6 +223,11 @@ class TrainRecipe(_Strict):
         if self.multipliers and self.optimizer.name != "adamw":
             raise ValueError("multipliers are for adamw, whose step does not shrink with the gradient; leave them out")
         return self
+
+    @property
+    def scales_rates(self) -> bool:
+        """Whether a grown model's parameters get the learning rates that growth.json suggests."""
+        return self.optimizer.name == "adamw" if self.multipliers is None else self.multipliers
 
     @property
     def evaluates(self) -> bool:
@@ -255,13 +271,14 @@ def make_train_recipe(values: Mapping[str, Any], origin: str) -> TrainRecipe:
     try:
         return TrainRecipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{origin}: " + "; ".join(_told(item) for item in error.errors())) from None
+        raise RecipeError(f"{origin}: " + "; ".join(told_mistake(item) for item in error.errors())) from None
 
 
-def _told(item: Any) -> str:
+def told_mistake(item: Any) -> str:
+    """What pydantic found wrong, in words."""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {where!r}, which no part of a training recipe has"
+        return f"unknown key {where!r}, which no part of such a recipe has"
     if item["type"] == "missing":
         return f"{where} is missing"
     message = item["msg"].removeprefix("Value error, ")

@@ -11,7 +11,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from gdagrow.archs import architecture_of
+from gdagrow.archs import trained_of
 from gdagrow.errors import TrainError
 from gdagrow.growing import grow_checkpoint
 from gdagrow.header import Header
@@ -85,7 +85,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     # Refuses what cannot grow so.
     start = headers_of(recipe, processes.count, done=last.step + last.grown if last else 0)[0]
     processes.meet()
-    vocab = architecture_of(start.config).sizes(start.config).vocab
+    vocab = trained_of(start.config).sizes(start.config).vocab
     if processes.is_first:
         if not (run / TOKENS).exists() or restart:
             require_files(recipe.data)
@@ -190,7 +190,7 @@ class _Run:
         found: list[TrainerCallback] = []
         if directory is not None and (directory / RECORD_FILE).exists():
             warm_up = growth.rewarm_up if growth else 0
-            found.append(GrowthCallback(directory, multipliers=recipe.multipliers, warm_up=warm_up, at_step=at_step))
+            found.append(GrowthCallback(directory, multipliers=recipe.scales_rates, warm_up=warm_up, at_step=at_step))
         if freeze is not None:
             old: dict[str, Any] = {"old_heads_of": directory} if freeze.heads else {}
             old |= {"old_layers_of": directory} if freeze.layers == "old" else {"layers": freeze.layers}

@@ -22,6 +22,7 @@ def scheduled(schedule: Schedule, step: int, steps: int) -> float:
         return warm_up_factor(step, schedule.warm_up)
     if schedule.kind == "constant":
         return 1.0
-    done = min(1.0, (step - schedule.warm_up) / max(1, steps - 1 - schedule.warm_up))
-    down = 1 - done if schedule.kind == "linear" else (1 + cos(pi * done)) / 2
+    begin = schedule.warm_up if schedule.decay is None else max(schedule.warm_up, steps - 1 - schedule.decay)
+    done = min(1.0, max(0, step - begin) / max(1, steps - 1 - begin))
+    down = (1 + cos(pi * done)) / 2 if schedule.kind == "cosine" else 1 - done
     return schedule.final + (1 - schedule.final) * down

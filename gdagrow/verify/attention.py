@@ -135,6 +135,18 @@ def query_blocks(length: int, ratio: int) -> Iterator[range]:
         yield range(begin, min(begin + step, queries.stop))
 
 
+def causal_map_stats(maps: Tensor) -> MapStats | None:
+    """Measure maps that another model made, `[heads, length, length]` with zeros above the diagonal, as this does.
+
+    Returns:
+        One entry a head, means over query positions; None if the maps are not finite.
+    """
+    blocks = query_blocks(maps.shape[-1], len(maps))
+    total = sum(_figures(maps[:, block.start : block.stop, : block.stop], block) for block in blocks)
+    means = torch.as_tensor(total / len(measured_queries(maps.shape[-1])))
+    return _map_stats(means, signed=True) if bool(means.isfinite().all()) else None
+
+
 def _layer_stats(layer: int, init: float, inner: GdaAttention, projected: Projected) -> LayerStats | None:
     """Measure one layer; None if its maps are not finite."""
     config, (num_sequences, length) = inner.config, projected.signal.shape[:2]

@@ -16,6 +16,7 @@ ORDER = (
     "archs", "lambda_init", "views", "rows", "formats", "dcp", "dcp_tensors", "checkpoint", "reading", "row_files",
     "selection", "asked", "plan", "hints", "record", "units", "layout", "costs", "targets", "output", "streaming",
     "states", "expand", "growing", "format_conversion", "models", "export", "verify", "report", "train",
+    "experiment",
 )  # fmt: skip
 # Stricter than the order: these stand beside the growth of tensors and know nothing of it.
 ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats", "lambda_init"},
@@ -23,10 +24,15 @@ ONLY = {"formats": {"errors", "header"}, "models": {"errors", "header", "formats
 # The command line's own, which the library never needs; the demo draws its progress itself.
 TERMINAL, MAY_DRAW = {"typer", "click", "rich", "gdagrow_cli"}, {"train/demo.py"}
 # Slow to import or not installed everywhere: inside functions only.
-INSIDE_FUNCTIONS = {"transformers", "accelerate", "datasets", "tokenizers", "ruamel", "matplotlib"}
+INSIDE_FUNCTIONS = {"transformers", "accelerate", "datasets", "tokenizers", "ruamel", "matplotlib", "scipy"}
 # The modules made for one of these, which nothing imports that does without it.
 NAMED_FOR = {
-    "matplotlib": {"report/panel.py", "report/charts.py", "report/head_maps.py"},
+    "matplotlib": {
+        "report/panel.py",
+        "report/charts.py",
+        "report/head_maps.py",
+        *(f"experiment/{name}.py" for name in ("plots", "difference_plot", "look")),
+    },
     "transformers": {
         *(f"models/{name}.py" for name in ("hf", "hf_config", "hf_layers", "hf_model")),
         *(f"train/{name}.py" for name in ("building", "callbacks", "engine", "flow", "health_callback", "run")),

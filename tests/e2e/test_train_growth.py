@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def write_growing(path: Path) -> Path:
-    return write_recipe(path, growth=GROWTHS, save_every=2, keep=99, multipliers=True, health_every=3)
+    return write_recipe(path, growth=GROWTHS, save_every=2, keep=99, health_every=3)
 
 
 @pytest.fixture(scope="module")

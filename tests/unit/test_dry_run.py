@@ -56,9 +56,10 @@ def test_what_is_kept_by_optimizer_and_precision() -> None:
     assert memory(micro_batch_size=2).activations * 4 == memory().activations
 
 
-@pytest.mark.parametrize("activation", ["poly_norm", "silu"])
-def test_activations_against_what_a_layer_keeps(activation: str) -> None:
-    config = {**CONFIG, "hidden_size": 64, "intermediate_size": 192, "hidden_act": activation}
+@pytest.mark.parametrize(("model_type", "activation"), [("motif", "poly_norm"), ("motif", "silu"), ("llama", "silu")])
+def test_activations_against_what_a_layer_keeps(model_type: str, activation: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 192}
+    config = {**CONFIG, **sizes, "model_type": model_type, "hidden_act": activation}
     ids, kept = torch.zeros(2, 16, dtype=torch.long), {}
     model = build_model(config, (), None, 0, is_first=True).train()
     parameters = {parameter.data_ptr() for parameter in model.parameters()}

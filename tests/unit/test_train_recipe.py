@@ -81,3 +81,13 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 def test_a_config_is_any_mapping() -> None:
     assert make_train_recipe(recipe(), "r").as_dict()["model"]["config"] == dict(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scales"),
+    [({}, True), ({"multipliers": False}, False), ({"multipliers": True}, True),
+     ({"optimizer": {"name": "sgd", "learning_rate": 1}}, False),
+     ({"optimizer": {"name": "muon", "learning_rate": 1}}, False)],
+)  # fmt: skip
+def test_multipliers_are_applied_where_they_belong_unless_it_is_said(changes: dict[str, Any], scales: bool) -> None:
+    assert make_train_recipe(recipe(**changes), "r").scales_rates is scales

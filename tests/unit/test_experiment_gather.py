@@ -29,7 +29,7 @@ def put(job: Job, *lines: Mapping[str, Any]) -> None:
 
 
 SOURCE = (
-    trained(2, 5.5, 1), trained(4, 5.0, 1), {"step": 4, "eval_loss": 4.9},
+    trained(2, 5.5, 1), trained(4, 5.0, 3), {"step": 4, "eval_loss": 4.9},
     trained(20, 4.0, 8, 16), trained(24, 3.5, 2, 4), trained(26, 1.0, 1), {"step": 26, "eval_loss": 3.0},
 )  # fmt: skip
 FORK = (
@@ -60,7 +60,7 @@ def test_a_growth_is_what_its_own_lines_say(experiment: Experiment) -> None:
     assert source.curve == ((4 * TOKENS, 4.9), (26 * TOKENS, 3.0))
     assert fork.curve == ((4 * TOKENS, 4.9), (4 * TOKENS, 4.95), (26 * TOKENS, 2.75))
     # Its own steps alone: 16 + 4 + 2 seconds, not those of its source.
-    assert (source.seconds, fork.seconds) == (1 + 1 + 8 + 2 + 1, 16 + 4 + 2)
+    assert (source.seconds, fork.seconds) == (1 + 3 + 8 + 2 + 1, 16 + 4 + 2)
     assert source.growth is None
     # Of the steps (4, 24], each line once, at the end cosines of all axes; (4.25 + 4 - 4 - 3.5) / 2.
     assert fork.growth == {"before": 4.9, "after": 4.95, "transient": 0.375, "copy_cosine": 0.375}

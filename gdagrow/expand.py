@@ -11,16 +11,9 @@ from pathlib import Path
 from threading import Event
 from typing import Final
 
+from gdagrow.formats.companions import Companions, copy_companions, list_companions
 from gdagrow.formats.file_writer import FileWriter
-from gdagrow.formats.publish import (
-    Companions,
-    check_free_space,
-    copy_companions,
-    list_companions,
-    require_apart,
-    staged,
-    write_file,
-)
+from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
 from gdagrow.fresh import Fresh
 from gdagrow.output import Output
 from gdagrow.plan import GrowthPlan

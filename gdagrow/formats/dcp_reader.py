@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import torch
+from typing_extensions import Self
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_blob import BlobError, StridedBytes, locate

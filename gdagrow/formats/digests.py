@@ -8,7 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
+
+from typing_extensions import Self
 
 from gdagrow.errors import CheckpointError
 

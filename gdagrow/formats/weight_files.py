@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol
+
+from typing_extensions import Self
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.digests import file_stat

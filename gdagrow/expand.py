@@ -11,9 +11,11 @@ from pathlib import Path
 from threading import Event
 from typing import Final
 
+from gdagrow.errors import CheckpointError
 from gdagrow.formats.companions import Companions, copy_companions, list_companions
 from gdagrow.formats.file_writer import FileWriter
 from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
+from gdagrow.formats.unchanged import unchanged
 from gdagrow.fresh import Fresh
 from gdagrow.output import Output
 from gdagrow.plan import GrowthPlan
@@ -57,11 +59,15 @@ def expand(plan: GrowthPlan, target: Path, output: Output, *, progress: Progress
     place = Path(os.path.abspath(target))
     require_apart(source, place)
     history = read_record(source)
-    with staged(place) as partial, ThreadPoolExecutor(1, "gdagrow-hash-source") as hasher:
+    shards = dict.fromkeys(shard for header in output.sources.values() for shard in header.shards)
+    with (
+        staged(place) as partial,
+        unchanged(source / shard for shard in shards),
+        ThreadPoolExecutor(1, "gdagrow-hash-source") as hasher,
+    ):
         beside = sum((source / name).stat().st_size for name in list_companions(source, output.carried).copied)
         check_free_space(place.parent, sum(layout.file_bytes for layout in output.layouts) + beside + _SPARE_BYTES)
         stop = Event()
-        shards = dict.fromkeys(shard for header in output.sources.values() for shard in header.shards)
         read = hasher.submit(_digests, source, list(shards), stop)
         try:
             companions = copy_companions(source, partial, output.carried)
@@ -100,9 +106,12 @@ def _digests(directory: Path, names: Sequence[str], stop: Event) -> dict[str, Fi
     digests, block = {}, bytearray(2**20)
     for name in names:
         digest, num_bytes = hashlib.sha256(), 0
-        with (directory / name).open("rb", buffering=0) as file:
-            while (count := file.readinto(block)) and not stop.is_set():
-                digest.update(memoryview(block)[:count])
-                num_bytes += count
+        try:
+            with (directory / name).open("rb", buffering=0) as file:
+                while (count := file.readinto(block)) and not stop.is_set():
+                    digest.update(memoryview(block)[:count])
+                    num_bytes += count
+        except OSError as error:
+            raise CheckpointError(f"{directory / name} cannot be read ({error.strerror}); check the file") from None
         digests[name] = FileDigest(num_bytes, digest.hexdigest())
     return digests

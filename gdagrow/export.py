@@ -15,6 +15,7 @@ from gdagrow.formats.companions import copy_companions, list_companions
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE
+from gdagrow.formats.unchanged import unchanged
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
 from gdagrow.record import RECORD_FILE
@@ -72,7 +73,8 @@ def export(header: Header, target: Path, *, with_code: bool, progress: Callable[
     require_apart(source, place)
     weights = {name: require_inside(source, source / name).stat().st_size for name in header.shards}
     described = [name for name in (INDEX_FILE, RECORD_FILE) if (source / name).exists()]
-    with staged(place) as partial:
+    read = [source / name for name in ("config.json", *weights, *described)]
+    with staged(place) as partial, unchanged(read):
         beside = sum((source / name).stat().st_size for name in list_companions(source).copied)
         check_free_space(place.parent, sum(weights.values()) + beside + _SPARE_BYTES)
         companions = copy_companions(source, partial)

@@ -22,6 +22,7 @@ from gdagrow.formats.links import require_inside
 from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
+from gdagrow.formats.unchanged import unchanged
 from gdagrow.header import Header
 from gdagrow.layout import CHUNK_BYTES
 from gdagrow.reading import RowReader, open_reader
@@ -122,7 +123,8 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
         require_apart(directory, place)
     companions = list_companions(beside)
     record = require_inside(beside, beside / RECORD_FILE)
-    with staged(place) as partial, open_reader(conversion.header) as reader:
+    read = [source / shard for shard in conversion.header.shards]
+    with staged(place) as partial, unchanged(read), open_reader(conversion.header) as reader:
         num_bytes = sum((beside / name).stat().st_size for name in companions.copied)
         num_bytes += sum(layout.file_bytes for layout in conversion.layouts)
         check_free_space(place.parent, num_bytes + _SPARE_BYTES)

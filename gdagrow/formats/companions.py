@@ -10,6 +10,7 @@ from typing import Final
 
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.unchanged import unchanged
 
 # What of a source is not carried along, and why: pattern of a name, reason. A trailing slash means a directory.
 _REWRITTEN: Final = (("config.json", "rewritten"), ("growth.json", "rewritten"))  # at the top of the directory only
@@ -83,18 +84,19 @@ def copy_companions(source: Path, destination: Path, carried: Collection[str] = 
     """Copy the companion files of `source` into directory `destination`, links replaced by what they point to.
 
     Raises:
-        CheckpointError: as for `list_companions`, before anything is written.
+        CheckpointError: as for `list_companions`, before anything is written, or a file changes meanwhile.
         OutputError: a file cannot be copied.
     """
     companions = list_companions(source, carried)
-    for relative in companions.copied:
-        try:
-            (destination / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, destination / relative)
-        except OSError as error:
-            raise OutputError(
-                f"{source / relative} cannot be copied to {destination} ({error.strerror}); check both"
-            ) from None
+    with unchanged(source / relative for relative in companions.copied):
+        for relative in companions.copied:
+            try:
+                (destination / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / relative, destination / relative)
+            except OSError as error:
+                raise OutputError(
+                    f"{source / relative} cannot be copied to {destination} ({error.strerror}); check both"
+                ) from None
     return companions
 
 

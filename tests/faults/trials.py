@@ -1,0 +1,106 @@
+"""One command, disturbed at one call after the other: what must be there after each fault, and what must not."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from tests.checkpoints import listing
+from tests.faults.cases import TARGET, Case, require_readable
+from tests.faults.injector import Ended, Fault, Forker
+
+WHOLE, ABSENT = "whole", "absent"
+
+
+class Trials:
+    """Runs of one case's command in a directory of its own.
+
+    Args:
+        forker: Runs them.
+        case: The command and its source.
+        directory: Made here; holds the source and what the command makes.
+    """
+
+    def __init__(self, forker: Forker, case: Case, directory: Path) -> None:
+        self._forker, self._directory, self._words = forker, directory, case.words(directory)
+        self._planned = case.command == "expand"
+        self.target = directory / TARGET
+        directory.mkdir()
+        case.write(directory / "source")
+        ended = self.run(Fault())
+        assert (ended.code, ended.err) == (0, ""), ended
+        require_readable(self.target)
+        self.calls = ended.calls
+        assert not [call for call in self.calls if "/source" in call], "the source is written to"
+        self._whole = listing(self.target)
+        self._source = self._source_now()
+        shutil.rmtree(self.target)
+
+    def run(self, fault: Fault | None = None, **how: object) -> Ended:
+        """Run the command with a fault."""
+        return self._forker.run(self._directory, *self._words, fault=fault, planned=self._planned, **how)
+
+    def killed(self, kind: str, at: int) -> str:
+        """`kill -9` at a call: the target is whole or absent, and the source is as it was.
+
+        Returns:
+            Which of the two; a target is removed, what else was left stays for the next run.
+        """
+        ended = self.run(Fault(kind, at, signal.SIGKILL))
+        assert ended.code == -signal.SIGKILL, (kind, at, ended)
+        assert len(self.left()) <= 1, self.left()  # a run removes what killed ones left
+        return self._found((kind, at))
+
+    def failed(self, at: int, number: int) -> str:
+        """A call fails with an error: one sentence of it, and nothing is left; or it could be done otherwise."""
+        ended, what = self.run(Fault("error", at, number)), (self.calls[at - 1], os.strerror(number))
+        assert self.left() == [], (what, ended, self.left())
+        found = self._found(what)
+        if ended.code == 0:
+            assert (found, ended.err) == (WHOLE, ""), (what, ended)
+        else:
+            assert ended.code == 2, (what, ended)
+            assert ended.err.count("\n") == 1, (what, ended)
+            assert os.strerror(number) in ended.err, (what, ended)
+            assert TARGET in ended.err, (what, ended)
+        return found
+
+    def stopped(self, at: int, number: int) -> str:
+        """A signal that a command may clean up after comes at a call: nothing is left, or the whole target."""
+        ended = self.run(Fault("before", at, number))
+        assert self.left() == [], (at, number, ended, self.left())
+        found = self._found((at, number))
+        told = {ABSENT: "nothing was written", WHOLE: "is there, whole"}[found]
+        assert ended.code == 128 + number, (at, ended)
+        assert told in ended.err, (at, ended)
+        return found
+
+    def shortened(self, at: int = 0) -> None:
+        """Writes are cut short: the same bytes come to be."""
+        ended = self.run(Fault("short", at))
+        assert (ended.code, ended.err) == (0, ""), (at, ended)
+        assert self._found("short") == WHOLE
+
+    def succeeds(self) -> None:
+        """A run that nothing disturbs makes the target, and leaves nothing of earlier ones."""
+        ended = self.run()
+        assert (ended.code, ended.err) == (0, ""), ended
+        assert self.left() == [], self.left()
+        assert self._found("undisturbed") == WHOLE
+
+    def left(self) -> list[str]:
+        """What is in the directory beside the source and the target."""
+        return sorted(set(os.listdir(self._directory)) - {"source", TARGET})
+
+    def _found(self, what: object) -> str:
+        assert self._source_now() == self._source, f"{what}: the source was changed"
+        if not self.target.exists():
+            return ABSENT
+        assert listing(self.target) == self._whole, f"{what}: a target that is not whole"
+        shutil.rmtree(self.target)
+        return WHOLE
+
+    def _source_now(self) -> list[object]:
+        source = self._directory / "source"
+        times = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(source.rglob("*"))]
+        return [listing(source), times]

@@ -94,7 +94,7 @@ def _identity(output: Output, files: SourceFiles, record: Mapping[str, Any]) -> 
     layouts = [(file.file, file.tensors, file.literals) for file in output.layouts]
     return {
         "the versions in use": _digest_of(record["versions"]),
-        "the source": _digest_of(files.times),
+        "the source": _digest_of(files.stats),
         "the recipe": _digest_of(record["recipe"]),
         "the files to write": _digest_of([record, layouts]),
     }

@@ -10,7 +10,7 @@ from typing import Final
 
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.unchanged import unchanged
+from gdagrow.formats.watched import WatchedFiles
 
 # What of a source is not carried along, and why: pattern of a name, reason. A trailing slash means a directory.
 _REWRITTEN: Final = (("config.json", "rewritten"), ("growth.json", "rewritten"))  # at the top of the directory only
@@ -88,15 +88,16 @@ def copy_companions(source: Path, destination: Path, carried: Collection[str] = 
         OutputError: a file cannot be copied.
     """
     companions = list_companions(source, carried)
-    with unchanged(source / relative for relative in companions.copied):
-        for relative in companions.copied:
-            try:
-                (destination / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / relative, destination / relative)
-            except OSError as error:
-                raise OutputError(
-                    f"{source / relative} cannot be copied to {destination} ({error.strerror}); check both"
-                ) from None
+    watched = WatchedFiles(source, companions.copied)
+    for relative in companions.copied:
+        try:
+            (destination / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, destination / relative)
+        except OSError as error:
+            raise OutputError(
+                f"{source / relative} cannot be copied to {destination} ({error.strerror}); check both"
+            ) from None
+    watched.require_unchanged()
     return companions
 
 

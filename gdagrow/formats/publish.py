@@ -47,6 +47,7 @@ def staged(target: Path, *, goes_on: Callable[[Path], bool] | None = None) -> It
         yield partial
         _publish(partial, target)
         stays = None
+        _sync_entry(target)
     finally:
         if stays is None or not stays(place):
             shutil.rmtree(place, ignore_errors=True)
@@ -149,11 +150,20 @@ def _publish(partial: Path, target: Path) -> None:
                 _sync(os.path.join(directory, name))
             _sync(directory)
         os.rename(partial, target)
-        _sync(target.parent)
     except OSError as error:
         if target.is_dir() and any(target.iterdir()) and partial.exists():
             raise _not_empty(target) from None
         raise OutputError(f"{target} cannot be published ({error.strerror}); choose another place") from None
+
+
+def _sync_entry(target: Path) -> None:
+    try:
+        _sync(target.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{target} is there, whole, but {target.parent} cannot be put on the disk ({error.strerror}), so that the "
+            "name may be lost if the machine fails; check the disk"
+        ) from None
 
 
 def _sync(path: str | Path) -> None:

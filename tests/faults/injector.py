@@ -12,12 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"log": 0, "before": 1, "after": 2, "torn": 3, "error": 4, "short": 5}  # as in inject.c
@@ -117,6 +120,13 @@ class Forker:
         log.unlink(missing_ok=True)
         return Ended(code, out, err, calls)
 
+    def pause(self, directory: Path, *words: object, at: int, **how: Any) -> int | None:
+        """Start a command line that stops before a call; its process number, or None if it ends before."""
+        child = self.start(directory, *words, fault=Fault("before", at, signal.SIGSTOP), **how)
+        while (state := _state_of(child)) not in "TZ":
+            time.sleep(0.001)
+        return child if state == "T" else None
+
     def run(self, directory: Path, *words: object, **how: Any) -> Ended:
         """Run a command line to its end; see `start`."""
         self.start(directory, *words, **how)
@@ -130,3 +140,8 @@ class Forker:
     def _read(self) -> str:
         assert self._process.stdout
         return self._process.stdout.readline().strip()
+
+
+def _state_of(process: int) -> str:
+    """One letter: T of a stopped process, Z of one that has ended."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

@@ -63,6 +63,7 @@ class Trials:
             assert ended.err.count("\n") == 1, (what, ended)
             assert os.strerror(number) in ended.err, (what, ended)
             assert TARGET in ended.err, (what, ended)
+            assert ("is there, whole" in ended.err) == (found == WHOLE), (what, ended)
         return found
 
     def stopped(self, at: int, number: int) -> str:

@@ -33,14 +33,11 @@ def staged(target: Path, *, goes_on: Callable[[Path], bool] | None = None) -> It
     """
     target = Path(os.path.abspath(target))
     _require_free(target)
+    place, stays = None, goes_on
     try:
-        place, lock = _take_over(target, goes_on) or _create_place(target)
-    except OSError as error:
-        raise _unwritable(target, error) from None
-    stays = goes_on
-    try:
-        partial = place / _OUTPUT
         try:
+            place, lock = _take_over(target, goes_on) or _create_place(target)
+            partial = place / _OUTPUT
             partial.mkdir(exist_ok=True)
         except OSError as error:
             raise _unwritable(target, error) from None
@@ -49,9 +46,10 @@ def staged(target: Path, *, goes_on: Callable[[Path], bool] | None = None) -> It
         stays = None
         _sync_entry(target)
     finally:
-        if stays is None or not stays(place):
-            shutil.rmtree(place, ignore_errors=True)
-        os.close(lock)
+        if place is not None:
+            if stays is None or not stays(place):
+                shutil.rmtree(place, ignore_errors=True)
+            os.close(lock)
 
 
 def unfinished(target: Path) -> Path | None:
@@ -112,12 +110,16 @@ def _create_place(target: Path) -> tuple[Path, int]:
         place = target.with_name(f".{target.name}.gdagrow-partial-{secrets.token_hex(3)}")
         try:
             place.mkdir()
+            # Another process may take the new directory for a stale one until the lock is held.
+            with suppress(BlockingIOError):
+                if (lock := _try_lock(place)) is not None:
+                    return place, lock
         except FileExistsError:
             continue
-        # Another process may take the new directory for a stale one until the lock is held.
-        with suppress(BlockingIOError):
-            if (lock := _try_lock(place)) is not None:
-                return place, lock
+        except BaseException:  # Ctrl-C, before anyone knows of the directory
+            with suppress(OSError):
+                place.rmdir()
+            raise
 
 
 def _try_lock(directory: Path) -> int | None:

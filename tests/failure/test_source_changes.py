@@ -45,6 +45,7 @@ CASES = {
     SHARDS: "*.safetensors", TRAINER: "optimizer.pt", DISTRIBUTED: "*.distcp", TO_DCP: "*.safetensors",
     TO_SAFETENSORS: "*.distcp", EXPORT: "*.safetensors",
 }  # fmt: skip
+WEIGHTS = ("safetensors", "pt", "distcp")
 TOLD = (
     "changed while it was being read", "changed since its directory was read", "cannot be read", "cannot be copied",
 )  # fmt: skip
@@ -63,8 +64,8 @@ def test_a_change_after_the_first_byte_or_the_last_is_refused(forker: Forker, tm
     shutil.copytree(tmp_path / "kept", tmp_path / "source")
     calls = forker.run(tmp_path, *words, fault=Fault()).calls
     shutil.rmtree(target)
-    weights = [number for number, call in enumerate(calls, 1) if call.startswith("write") and ".json" not in call]
-    last = next(number for number, call in enumerate(calls, 1) if call.startswith("close") and number > weights[-1])
+    weights = [at for at, call in enumerate(calls, 1) if call.startswith("write") and call.endswith(WEIGHTS)]
+    last = next(at for at, call in enumerate(calls, 1) if call.startswith("close") and at > weights[-1])
     for at in (weights[0], last) if case is SHARDS else (last,):
         for change in CHANGES:
             child = forker.pause(tmp_path, *words, at=at)

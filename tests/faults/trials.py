@@ -24,9 +24,9 @@ class Trials:
     def __init__(self, forker: Forker, case: Case, directory: Path) -> None:
         self._forker, self._directory, self._words = forker, directory, case.words(directory)
         self._planned = case.command == "expand"
-        self.target = directory / TARGET
+        self.source, self.target = directory / "source", directory / TARGET
         directory.mkdir()
-        case.write(directory / "source")
+        case.write(self.source)
         ended = self.run(Fault())
         assert (ended.code, ended.err) == (0, ""), ended
         require_readable(self.target)
@@ -41,21 +41,19 @@ class Trials:
         return self._forker.run(self._directory, *self._words, fault=fault, planned=self._planned, **how)
 
     def killed(self, kind: str, at: int) -> str:
-        """`kill -9` at a call: the target is whole or absent, and the source is as it was.
-
-        Returns:
-            Which of the two; a target is removed, what else was left stays for the next run.
-        """
+        """`kill -9` at a call: the target is whole or absent, and the source is as it was; which of the two."""
+        self.clear()
         ended = self.run(Fault(kind, at, signal.SIGKILL))
         assert ended.code == -signal.SIGKILL, (kind, at, ended)
-        assert len(self.left()) <= 1, self.left()  # a run removes what killed ones left
-        return self._found((kind, at))
+        assert len(self.left()) <= 1, self.left()
+        return self.found((kind, at))
 
     def failed(self, at: int, number: int) -> str:
         """A call fails with an error: one sentence of it, and nothing is left; or it could be done otherwise."""
+        self.clear()
         ended, what = self.run(Fault("error", at, number)), (self.calls[at - 1], os.strerror(number))
         assert self.left() == [], (what, ended, self.left())
-        found = self._found(what)
+        found = self.found(what)
         if ended.code == 0:
             assert (found, ended.err) == (WHOLE, ""), (what, ended)
         else:
@@ -68,9 +66,10 @@ class Trials:
 
     def stopped(self, at: int, number: int) -> str:
         """A signal that a command may clean up after comes at a call: nothing is left, or the whole target."""
+        self.clear()
         ended = self.run(Fault("before", at, number))
         assert self.left() == [], (at, number, ended, self.left())
-        found = self._found((at, number))
+        found = self.found((at, number))
         told = {ABSENT: "nothing was written", WHOLE: "is there, whole"}[found]
         assert ended.code == 128 + number, (at, ended)
         assert told in ended.err, (at, ended)
@@ -78,22 +77,29 @@ class Trials:
 
     def shortened(self, at: int = 0) -> None:
         """Writes are cut short: the same bytes come to be."""
+        self.clear()
         ended = self.run(Fault("short", at))
         assert (ended.code, ended.err) == (0, ""), (at, ended)
-        assert self._found("short") == WHOLE
+        assert self.found("short") == WHOLE
 
     def succeeds(self) -> None:
         """A run that nothing disturbs makes the target, and leaves nothing of earlier ones."""
         ended = self.run()
         assert (ended.code, ended.err) == (0, ""), ended
         assert self.left() == [], self.left()
-        assert self._found("undisturbed") == WHOLE
+        assert self.found("undisturbed") == WHOLE
+
+    def clear(self) -> None:
+        """Remove what killed runs left, which the next run would do first, with calls of its own."""
+        for name in self.left():
+            shutil.rmtree(self._directory / name)
 
     def left(self) -> list[str]:
         """What is in the directory beside the source and the target."""
         return sorted(set(os.listdir(self._directory)) - {"source", TARGET})
 
-    def _found(self, what: object) -> str:
+    def found(self, what: object) -> str:
+        """Whether the target is there, which must be whole then and is removed; the source must be as it was."""
         assert self._source_now() == self._source, f"{what}: the source was changed"
         if not self.target.exists():
             return ABSENT
@@ -102,6 +108,5 @@ class Trials:
         return WHOLE
 
     def _source_now(self) -> list[object]:
-        source = self._directory / "source"
-        times = [(path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(source.rglob("*"))]
-        return [listing(source), times]
+        stats = [path.stat() for path in sorted(self.source.rglob("*"))]
+        return [listing(self.source), [(stat.st_ino, stat.st_mtime_ns) for stat in stats]]

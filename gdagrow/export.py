@@ -13,7 +13,7 @@ from gdagrow.archs import trained_of
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.companions import copy_companions, list_companions
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
+from gdagrow.formats.publish import check_free_space, require_all, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.formats.watched import WatchedFiles
 from gdagrow.header import Header
@@ -88,6 +88,7 @@ def export(header: Header, target: Path, *, with_code: bool, progress: Callable[
             write_file(partial / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
             _copy(source, partial, "config.json", None)
+        require_all(partial, [*weights, *described, *companions.copied, *code, "config.json"])
         watched.require_unchanged()
     left_behind = tuple(skip.path for skip in companions.skipped if skip.reason.startswith("training state"))
     others = tuple(sorted({*companions.copied, *described} - code.keys()))

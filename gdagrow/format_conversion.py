@@ -19,7 +19,7 @@ from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
 from gdagrow.formats.kind import Format, format_of, place_of_weights
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
+from gdagrow.formats.publish import check_free_space, require_all, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
 from gdagrow.formats.watched import WatchedFiles
@@ -136,6 +136,7 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
             _write_tensors(reader, layout, conversion.tensors, partial, progress)
         for name, content in conversion.files.items():
             write_file(partial / name, content)
+        require_all(partial, [CONFIG, *companions.copied, *(f.file for f in conversion.layouts), *conversion.files])
         watched.require_unchanged()
     own = {CONFIG, RECORD_FILE, INDEX_FILE, METADATA_FILE, *conversion.header.shards}
     # Nothing is grown here: of the reason, only what the file is.

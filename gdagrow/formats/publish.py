@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -47,9 +47,18 @@ def staged(target: Path, *, goes_on: Callable[[Path], bool] | None = None) -> It
         _sync_entry(target)
     finally:
         if place is not None:
-            if stays is None or not stays(place):
-                shutil.rmtree(place, ignore_errors=True)
-            os.close(lock)
+            try:
+                _leave(place, stays)
+            except BaseException:  # Ctrl-C in the midst of it; another one ends the process
+                _leave(place, stays)
+                raise
+            finally:
+                os.close(lock)
+
+
+def _leave(place: Path, stays: Callable[[Path], bool] | None) -> None:
+    if stays is None or not stays(place):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def unfinished(target: Path) -> Path | None:
@@ -196,6 +205,23 @@ def write_file(path: Path, content: str | bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}); free or choose another place") from None
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, unless it is there; raises OutputError if the disk refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be made ({error.strerror}); free or choose another place") from None
+
+
+def require_all(directory: Path, names: Iterable[str]) -> None:
+    """Raise OutputError if files that were written are gone, as after a hasty `rm` of what looked like a leftover."""
+    if gone := sorted(name for name in names if not (directory / name).is_file()):
+        raise OutputError(
+            f"{directory} has lost {len(gone)} of the files that were written into it, the first {gone[0]}; leave what "
+            "is unfinished to gdagrow while it runs, and start again"
+        )
 
 
 def require_apart(source: Path, target: Path) -> None:

@@ -68,7 +68,7 @@ def _distributed(directory: Path) -> None:
     shutil.rmtree(model)
 
 
-SHARDS = Case("expand, shards and companions", _shards, "expand", (*GROWTH, "--max-shard-size", "6kB"))
+SHARDS = Case("expand, shards and companions", _shards, "expand", (*GROWTH, "--max-shard-size", "9kB"))
 SHARDS_FLOAT32 = Case(
     "the same, float32, exact copies", _shards_of_float32, "expand",
     (*GROWTH, "--max-shard-size", "12kB", "--exact-copies"),

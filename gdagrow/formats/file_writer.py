@@ -3,6 +3,7 @@
 import ctypes
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
@@ -140,13 +141,17 @@ class FileWriter:
             self._await_oldest()
         try:
             self._file.sync()
+            self._let_go()
         except OSError as error:
             raise self._failed(error) from None
-        self.abort()
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        """Close the file as it is, if it is open, and stop the threads."""
+        """Close the file as it is, if it is open, and stop the threads; nobody wants it any more."""
+        with suppress(OSError):
+            self._let_go()
+
+    def _let_go(self) -> None:
         if not self._open:
             return
         self._open = False

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
@@ -103,7 +103,7 @@ def run(name: str, settings: Settings) -> dict[str, Any]:
              *(["--only", f"'{settings.only}'"] if settings.only else [])]  # fmt: skip
     return {
         "command": " ".join(["python benchmarks", name, *flags]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "seconds": round(time.perf_counter() - start),
         "machine": machine(settings.work),

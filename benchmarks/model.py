@@ -29,7 +29,7 @@ def speed(settings: Settings) -> Iterator[Case]:
     for dtype, threads in _CASES[: 1 if settings.quick else None]:
         if settings.only in f"{dtype}, {threads}":
             tokens = 32 if settings.quick else TOKENS
-            run = timed([sys.executable, __file__, dtype, str(settings.num_rounds(7)), str(tokens)], _threads(threads))
+            run = timed([sys.executable, __file__, dtype, str(settings.num_rounds(5)), str(tokens)], _threads(threads))
             for found in json.loads(run.stdout.splitlines()[-1]):
                 yield Case(**{**found, "facts": {**found["facts"], "threads": threads}})
 

@@ -13,8 +13,6 @@ from gdagrow.header import ITEM_BYTES
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.views import View
 
-DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
-
 CHUNK_BYTES: Final = 8 * 2**20  # of output; a few are in memory at a time, whatever the model
 LOOKAHEAD: Final = 3  # chunks being grown while one is written
 KEPT_CHUNKS: Final = 16  # chunks kept for further copies of their rows, as far as they reach

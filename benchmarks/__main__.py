@@ -39,6 +39,7 @@ BENCHMARKS: Mapping[str, Place] = {
     "start-up": Place("start_up", "benchmark", "the command's start against `python -c pass`"),
     "model": Place("model", "speed", "GDA's forward and backward against standard attention, at 1024 tokens"),
     "model-memory": Place("model", "memory", "what they take at their peak"),
+    "model-profile": Place("model", "profile", "where the time of one attention layer goes"),
     "expand": Place("expand", "against_the_disk", "`expand` against `dd conv=fsync` and `cp` of as many bytes"),
     "sizes": Place("expand", "by_size", "its seconds and memory from 0.1 to 10 GB"),
     "passes": Place("expand", "passes", "what it reads from the disk where a source does not fit into memory"),

@@ -16,8 +16,7 @@ from cases import Case, Figures, Settings, compare
 from checkpoint import write_source
 from processes import GDAGROW, IMPORT_TORCH, cat, timed
 
-_WEIGHTS = (("bf16", "--signal-x2"), ("bf16", "--uniform-x2"), ("bf16", "--hidden-x3"), ("fp32", "--signal-x2"),
-            ("fp32", "--uniform-x2"))  # fmt: skip
+_WEIGHTS = (("bf16", "--signal-x2"), ("bf16", "--uniform-x2"), ("bf16", "--hidden-x3"), ("fp32", "--uniform-x2"))
 _SEQS, _LENGTH = 4, 128
 
 

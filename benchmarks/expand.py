@@ -154,7 +154,7 @@ class _LittleMemory:
 
 
 def _evict(file: Path) -> None:
+    """Let the page cache forget a file that the disk has."""
     handle = os.open(file, os.O_RDONLY)
-    os.fsync(handle)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(handle)

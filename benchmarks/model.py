@@ -18,9 +18,10 @@ from typing import Any
 from cases import Case, Figures, Settings, compare
 from processes import timed
 
-TOKENS, HIDDEN, FFN, LAYERS, HEADS, KEYS, HEAD_DIM, VOCAB = 1024, 1024, 2816, 2, 16, 8, 64, 256
+TOKENS, HIDDEN, FFN, LAYERS, HEADS, KEYS, HEAD_DIM, VOCAB = 1024, 1024, 2816, 1, 16, 8, 64, 256
 _NOISE_HEADS = {"gda": 4, "differential": 8, "gda, PolyNorm": 4}
 ARMS = ("standard", *_NOISE_HEADS)
+LAYER_ARMS = ("standard", "gda", "differential")  # an activation is no part of attention
 _CASES = (("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2))
 
 
@@ -41,6 +42,13 @@ def memory(settings: Settings) -> Iterator[Case]:
     arms = {arm: lambda arm=arm: json.loads(timed([*command, arm], _threads(1)).stdout.splitlines()[-1])
             for arm in ARMS}  # fmt: skip
     yield compare("float32", {"tokens": tokens, "threads": 1}, arms, 1)
+
+
+def profile(settings: Settings) -> Iterator[Case]:
+    """Where the time of one attention layer goes, forward, in float32 on one thread."""
+    tokens = 32 if settings.quick else TOKENS
+    run = timed([sys.executable, __file__, "profile", str(settings.num_rounds(5)), str(tokens)], _threads(1))
+    yield Case(**json.loads(run.stdout.splitlines()[-1]))
 
 
 def _threads(number: int) -> dict[str, str]:
@@ -75,7 +83,7 @@ def measure_speed(dtype: str, rounds: int, tokens: int) -> list[Case]:
     ids = torch.randint(VOCAB, (1, tokens), generator=torch.Generator().manual_seed(0))
     inputs = torch.randn(1, tokens, HIDDEN).to(getattr(torch, dtype))
     turns = models["standard"].model.rotary_emb(inputs, torch.arange(tokens)[None])
-    layers = {arm: _attention(arm, models[arm], turns) for arm in ARMS if arm != "gda, PolyNorm"}
+    layers = {arm: _attention(arm, models[arm], turns) for arm in LAYER_ARMS}
     steps: dict[str, dict[str, Callable[[], Any]]] = {
         "model, forward": {arm: lambda m=model: _forward(m, ids) for arm, model in models.items()},
         "model, forward and backward": {arm: lambda m=model: _backward(m, ids) for arm, model in models.items()},
@@ -92,6 +100,33 @@ def measure_speed(dtype: str, rounds: int, tokens: int) -> list[Case]:
         timers = {arm: lambda step=step: _clocked(step) for arm, step in arms.items()}
         found.append(compare(f"{dtype}, {torch.get_num_threads()} threads, {name}", facts, timers, rounds))
     return found
+
+
+def measure_profile(rounds: int, tokens: int) -> Case:
+    import torch
+
+    inputs = torch.randn(1, tokens, HIDDEN)
+    models = {arm: build(arm) for arm in LAYER_ARMS}
+    turns = models["standard"].model.rotary_emb(inputs, torch.arange(tokens)[None])
+    layers = {arm: _attention(arm, model, turns) for arm, model in models.items()}
+    for layer in layers.values():
+        _attend(layer, inputs, False)
+    arms = {arm: lambda layer=layer: _by_kind(lambda: _attend(layer, inputs, False)) for arm, layer in layers.items()}
+    return compare("attention, forward", {"tokens": tokens, "dtype": "float32", "threads": 1}, arms, rounds)
+
+
+def _by_kind(step: Callable[[], Any]) -> Figures:
+    """Milliseconds in torch's operations, by kind."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    with profiled(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    kinds = {"aten::mm": "projections", "aten::_scaled_dot_product_flash_attention_for_cpu": "kernel"}
+    figures = {"kernel": 0.0, "projections": 0.0, "rest": 0.0}
+    for event in found.key_averages():
+        figures[kinds.get(event.key, "rest")] += event.self_cpu_time_total / 1000
+    return {kind: round(milliseconds, 2) for kind, milliseconds in figures.items()}
 
 
 def measure_memory(arm: str, tokens: int) -> Figures:
@@ -153,5 +188,7 @@ if __name__ == "__main__":
     what, number, length, *arm = sys.argv[1:]
     if what == "memory":
         print(json.dumps(measure_memory(arm[0], int(length))))
+    elif what == "profile":
+        print(json.dumps(asdict(measure_profile(int(number), int(length)))))
     else:
         print(json.dumps([asdict(case) for case in measure_speed(what, int(number), int(length))]))

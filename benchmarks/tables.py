@@ -190,6 +190,17 @@ def _model_memory(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     ])  # fmt: skip
 
 
+def _model_profile(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    (case,) = cases
+    kinds = {"kernel": "fused attention", "projections": "projections", "rest": "all else"}
+    rows = []
+    for arm in case["rounds"][0]:
+        whole = statistics.median(sum(turn[arm].values()) for turn in case["rounds"])
+        cells = [f"{_median(case, arm, kind):.1f} ({_spread(ratios(case, arm, 'standard', kind))})" for kind in kinds]
+        rows.append((_MODELS.get(arm, arm), f"{whole:.1f}", *cells))
+    yield from _table(("", "ms", *(f"{kind}: ms (times standard)" for kind in kinds.values())), rows)
+
+
 def _full_size(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     (case,) = cases
     (turn,) = case["rounds"]
@@ -207,8 +218,9 @@ def _full_size(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 TABLES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Iterator[str]]] = {
-    "expand": _expand, "sizes": _sizes, "passes": _passes, "diff-weights": _diff_weights, "diff-logits": _diff_logits,
-    "state": _state, "start-up": _start_up, "model": _model, "model-memory": _model_memory, "full-size": _full_size,
+    "start-up": _start_up, "model": _model, "model-memory": _model_memory, "model-profile": _model_profile,
+    "expand": _expand, "sizes": _sizes, "passes": _passes, "state": _state, "diff-weights": _diff_weights,
+    "diff-logits": _diff_logits, "full-size": _full_size,
 }  # fmt: skip
 
 
@@ -226,10 +238,10 @@ def _provenance(name: str, entry: Mapping[str, Any]) -> str:
     rounds = [len(case["rounds"]) for case in entry["cases"]]
     number = str(min(rounds)) if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
     told = f"`{entry['command']}`: {number} round{'s' * (number != '1')} on {entry['date']}"
-    busy = {case["name"]: case["busy_before"] for case in entry["cases"] if case["busy_before"] > BUSY}
+    busy = [case["busy_before"] for case in entry["cases"] if case["busy_before"] > BUSY]
     if busy:
-        others = ", ".join(f"{share:.0%} before {case}" for case, share in busy.items())
-        told += f". **The machine was not idle**: other programs took {others}"
+        cases = f"{len(busy)} of {len(rounds)} case{'s' * (len(rounds) > 1)}"
+        told += f". **The machine was not idle**: other programs took up to {max(busy):.0%} of it before {cases}"
     return f"{told}."
 
 

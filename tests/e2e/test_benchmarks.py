@@ -98,8 +98,8 @@ def test_model_benchmark(tmp_path: Path) -> None:
         (arms,), parameters = case["rounds"], case["facts"]["parameters"]
         assert {"standard", "gda", "differential"} <= set(arms)
         # As many query heads, and all that hangs on them: GDA 3:1 differs by a wider o_proj, and some vectors.
-        assert parameters["differential"] - parameters["standard"] == 2 * (4 * 64 + 128)
-        assert parameters["gda"] - parameters["differential"] == 2 * 1024 * 512
+        assert parameters["differential"] - parameters["standard"] == 4 * 64 + 128
+        assert parameters["gda"] - parameters["differential"] == 1024 * 512
 
 
 def test_full_size_benchmark_at_a_tenth(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import shlex
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +46,7 @@ GROWTHS = (
 )
 # Of the source, in GB: outputs of 0.1 to 10 GB.
 _SIZES = (0.04, 0.1, 0.33, 0.9, 2.75)
-_ONCE = 2.0  # GB of source from which a size is measured once
+_ONCE = 0.5  # GB of source from which a size is measured once
 
 
 def against_the_disk(settings: Settings) -> Iterator[Case]:
@@ -87,45 +89,46 @@ def passes(settings: Settings) -> Iterator[Case]:
 
 
 def _case(settings: Settings, growth: Growth, rounds: int, baselines: Sequence[str]) -> Case:
-    source, out = settings.work / "source", settings.work / "out"
+    source, out, other = (settings.work / name for name in ("source", "out", "other"))
     shard = {"max_shard_bytes": _SHARD} if growth.sharded else {}
     source_bytes = write_source(source, gigabytes=growth.gigabytes, dtype=growth.dtype, **shard)
     # Small sources are of hidden size 512 and not 2048.
     flags = growth.flags if growth.gigabytes >= 0.3 else growth.flags.replace("2560", "640")
     command = [*GDAGROW, "expand", str(source), str(out), "--quiet", *shlex.split(flags)]
     command += ["--max-shard-size", f"{_SHARD // 10**6}MB"] if growth.sharded else []
+    written: list[int] = []  # by the last expand
 
     def expand(*more: str) -> dict[str, float]:
         run = timed([*command, *more])
+        written[:] = [file.stat().st_size for file in _weights(out)]
         shutil.rmtree(out)
         return run.figures()
 
-    timed(command)  # what `cp` copies
-    grown = settings.work / "grown"
-    out.rename(grown)
-    output_bytes = sum(file.stat().st_size for file in _weights(grown))
-    copied = settings.work / "copy"
+    if "cp" in baselines:
+        timed(command)
+        out.rename(settings.work / "grown")
+    files = _weights(settings.work / "grown")  # what `cp` copies
     arms = {
         "exact": lambda: expand("--exact-copies"),
         "noise": expand,
-        "dd": lambda: dd(copied, output_bytes).figures(),
-        "direct": lambda: dd(copied, output_bytes, "oflag=direct").figures(),
-        "cp": lambda: cp(_weights(grown), copied).figures(),
+        "dd": lambda: dd(other, sum(written)).figures(),
+        "direct": lambda: dd(other, sum(written), "oflag=direct").figures(),
+        "cp": lambda: cp(files, other).figures(),
     }
     arms = {arm: run for arm, run in arms.items() if arm in ("exact", "noise", *baselines)}
-    cat([*_weights(source), *(_weights(grown) if "cp" in arms else ())])  # into the page cache
-    if "cp" not in arms:
-        shutil.rmtree(grown)
-    facts: dict[str, Any] = {
-        "source_bytes": source_bytes, "output_bytes": output_bytes, "dtype": growth.dtype, "growth": flags,
-        "files": 1 if not growth.sharded else -(-output_bytes // _SHARD),
-        "python_anonymous": round(timed(PYTHON).anonymous, 1),
-        "torch_anonymous": round(timed(IMPORT_TORCH).anonymous, 1),
-    }  # fmt: skip
+    cat([*_weights(source), *files])  # into the page cache
+    facts: dict[str, Any] = {"source_bytes": source_bytes, "dtype": growth.dtype, "growth": flags, **_interpreters()}
     found = compare(growth.name, facts, arms, rounds)
-    for directory in (source, grown):
+    for directory in (source, settings.work / "grown"):
         shutil.rmtree(directory, ignore_errors=True)
-    return found
+    return replace(found, facts={**facts, "output_bytes": sum(written), "files": len(written)})
+
+
+@cache
+def _interpreters() -> dict[str, float]:
+    """What Python takes by itself, and with torch."""
+    commands = {"python": PYTHON, "torch": IMPORT_TORCH}
+    return {f"{name}_anonymous": round(timed(command).anonymous, 1) for name, command in commands.items()}
 
 
 def _weights(directory: Path) -> list[Path]:

@@ -45,10 +45,10 @@ def memory(settings: Settings) -> Iterator[Case]:
 
 
 def profile(settings: Settings) -> Iterator[Case]:
-    """Where the time of one attention layer goes, forward, in float32 on one thread."""
+    """Where the time of one attention layer goes, forward, on one thread."""
     tokens = 32 if settings.quick else TOKENS
     run = timed([sys.executable, __file__, "profile", str(settings.num_rounds(5)), str(tokens)], _threads(1))
-    yield Case(**json.loads(run.stdout.splitlines()[-1]))
+    yield from (Case(**found) for found in json.loads(run.stdout.splitlines()[-1]))
 
 
 def _threads(number: int) -> dict[str, str]:
@@ -102,17 +102,17 @@ def measure_speed(dtype: str, rounds: int, tokens: int) -> list[Case]:
     return found
 
 
-def measure_profile(rounds: int, tokens: int) -> Case:
+def measure_profile(dtype: str, rounds: int, tokens: int) -> Case:
     import torch
 
-    inputs = torch.randn(1, tokens, HIDDEN)
-    models = {arm: build(arm) for arm in LAYER_ARMS}
+    inputs = torch.randn(1, tokens, HIDDEN).to(getattr(torch, dtype))
+    models = {arm: build(arm).to(inputs.dtype) for arm in LAYER_ARMS}
     turns = models["standard"].model.rotary_emb(inputs, torch.arange(tokens)[None])
     layers = {arm: _attention(arm, model, turns) for arm, model in models.items()}
     for layer in layers.values():
         _attend(layer, inputs, False)
     arms = {arm: lambda layer=layer: _by_kind(lambda: _attend(layer, inputs, False)) for arm, layer in layers.items()}
-    return compare("attention, forward", {"tokens": tokens, "dtype": "float32", "threads": 1}, arms, rounds)
+    return compare(f"{dtype}, attention, forward", {"tokens": tokens, "dtype": dtype, "threads": 1}, arms, rounds)
 
 
 def _by_kind(step: Callable[[], Any]) -> Figures:
@@ -189,6 +189,7 @@ if __name__ == "__main__":
     if what == "memory":
         print(json.dumps(measure_memory(arm[0], int(length))))
     elif what == "profile":
-        print(json.dumps(asdict(measure_profile(int(number), int(length)))))
+        found = [measure_profile(dtype, int(number), int(length)) for dtype in ("float32", "bfloat16")]
+        print(json.dumps([asdict(case) for case in found]))
     else:
         print(json.dumps([asdict(case) for case in measure_speed(what, int(number), int(length))]))

@@ -191,14 +191,15 @@ def _model_memory(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _model_profile(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    (case,) = cases
     kinds = {"kernel": "fused attention", "projections": "projections", "rest": "all else"}
     rows = []
-    for arm in case["rounds"][0]:
-        whole = statistics.median(sum(turn[arm].values()) for turn in case["rounds"])
-        cells = [f"{_median(case, arm, kind):.1f} ({_spread(ratios(case, arm, 'standard', kind))})" for kind in kinds]
-        rows.append((_MODELS.get(arm, arm), f"{whole:.1f}", *cells))
-    yield from _table(("", "ms", *(f"{kind}: ms (times standard)" for kind in kinds.values())), rows)
+    for case in cases:
+        for arm in case["rounds"][0]:
+            whole = statistics.median(sum(turn[arm].values()) for turn in case["rounds"])
+            cells = (f"{_median(case, arm, kind):.1f}, {statistics.median(ratios(case, arm, 'standard', kind)):.2f}"
+                     for kind in kinds)  # fmt: skip
+            rows.append((case["facts"]["dtype"], _MODELS.get(arm, arm), f"{whole:.1f}", *cells))
+    yield from _table(("", "", "ms", *(f"{kind}: ms, times standard" for kind in kinds.values())), rows)
 
 
 def _full_size(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:

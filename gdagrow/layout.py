@@ -12,8 +12,6 @@ from gdagrow.header import ITEM_BYTES
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.views import View
 
-DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
-
 CHUNK_BYTES: Final = 8 * 2**20  # of output
 NUM_CHUNKS: Final = 16  # in memory, whatever the model: kept, being grown or being written
 KEPT_CHUNKS: Final = 12  # of them kept for further copies of their rows; the others never wait for these

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from gdagrow.checkpoint import read_checkpoint
+from gdagrow.choices import Format
 from gdagrow.costs import checkpoint_figures
 from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_tensors import DcpTensors
@@ -17,7 +18,7 @@ from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
 from gdagrow.formats.companions import copy_companions
-from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
+from gdagrow.formats.kind import SHARDED_WEIGHTS
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 from gdagrow.record import RECORD_FILE

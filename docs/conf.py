@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from pydantic import BaseModel
 from sphinx.application import Sphinx
 
@@ -85,7 +86,14 @@ def signature(
     return f"(*, {', '.join(told)})", ""
 
 
+def dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """Set the dash between a parameter and its meaning, which is left to smart quotes otherwise."""
+    for text in [text for text in doctree.findall(nodes.Text) if text == " -- "]:
+        text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", navigation)
+    app.connect("doctree-read", dashes)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", fields, priority=100)  # before napoleon reads the headings

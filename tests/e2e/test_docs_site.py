@@ -65,8 +65,7 @@ def test_what_is_public_is_described(site: Path) -> None:
     assert re.search(r"<strong>snr_db</strong>.*?How far below the weights", grown, re.DOTALL)
 
 
-@pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(390, DARK), (1280, LIGHT)], ids=["phone-dark", "desk-light"])
 def test_a_browser_shows_it_without_a_complaint(site: Path, tmp_path: Path, width: int, scheme: str) -> None:
     browser = find_chromium()
     assert isinstance(browser, Chromium), browser

@@ -31,6 +31,7 @@ html_title = f"gdagrow {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # which is fetched, and browsers fetch nothing from files
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 default_role = "code"

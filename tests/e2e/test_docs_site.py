@@ -76,3 +76,14 @@ def test_a_browser_shows_it_without_a_complaint(site: Path, tmp_path: Path, widt
         )  # fmt: skip
         assert seen.console == ()
         assert "<h1>" in seen.out
+
+
+def test_its_search_finds_without_a_server(site: Path, tmp_path: Path) -> None:
+    browser = find_chromium()
+    assert isinstance(browser, Chromium), browser
+    seen = browser.open(
+        site / "search.html", tmp_path / "profile", "--virtual-time-budget=3000", "--dump-dom", query="?q=hypercloning"
+    )
+    assert seen.console == ()
+    found = re.findall(r'<li class="kind-\w+"><a href="([^"]+)"', seen.out)
+    assert sorted(found) == ["cli.html", "compare-with-uniform.html", "index.html", "python/growing.html"]

@@ -34,7 +34,10 @@ def main() -> int:
     torch.set_num_threads(1)
     memory = Path("/dev/shm")
     work = Path(mkdtemp(prefix="gdagrow-fuzz-", dir=options.dir or (memory if memory.is_dir() else None)))
-    print(f"{'kind':20} {'inputs':>8} {'accepted':>9} {'refused':>8} {'findings':>8} {'slowest':>9} {'memory':>9} {'a second':>8}")
+    print(
+        f"{'kind':20} {'inputs':>8} {'accepted':>9} {'refused':>8} {'findings':>8} {'slowest':>9} "
+        f"{'memory':>9} {'a second':>8}"
+    )
     outcomes = []
     try:
         for target, count in shares(options.inputs, options.target or list(TARGETS)):
@@ -56,8 +59,8 @@ def main() -> int:
 
 def _line(outcome: Outcome) -> str:
     return (
-        f"{outcome.target:20} {outcome.inputs:8,} {outcome.accepted:9,} {outcome.refused:8,} {len(outcome.findings):8,} "
-        f"{outcome.slowest * 1000:6.0f} ms {outcome.peak / 2**20:5.0f} MiB {outcome.inputs / outcome.seconds:8,.0f}"
+        f"{outcome.target:20} {outcome.inputs:8,} {outcome.accepted:9,} {outcome.refused:8,} "
+        f"{len(outcome.findings):8,} {outcome.slowest * 1000:6.0f} ms {outcome.peak / 2**20:5.0f} MiB {outcome.inputs / outcome.seconds:8,.0f}"
     )
 
 

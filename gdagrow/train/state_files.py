@@ -1,24 +1,20 @@
 """The files of a state: checked before an engine takes them as they are, and made a model of at the end."""
 
-import io
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import checkpoint_figures
 from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_tensors import DcpTensors
-from gdagrow.errors import CheckpointError
 from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
 from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
 from gdagrow.formats.publish import copy_companions
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.torch_file import load_plain
 from gdagrow.header import Header
 from gdagrow.record import RECORD_FILE
 from gdagrow.states.dcp_checkpoint import read_trees
@@ -51,13 +47,7 @@ def read_state(state: Path) -> Header:
 def _require_plain_values(tree: DcpHeader) -> None:
     with DcpTensors(tree) as reader:
         for key in tree.dcp.blobs:
-            try:
-                torch.load(io.BytesIO(reader.blob(key)), weights_only=True)
-            except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError):
-                raise CheckpointError(
-                    f"{tree.directory / tree.place}: the value {key!r} asks for more than tensors and plain values, or "
-                    "is damaged; it was not run: restore the state"
-                ) from None
+            load_plain(reader.blob(key), f"{tree.directory / tree.place}: the value {key!r}")
 
 
 def make_model(recipe: TrainRecipe, state: Path, target: Path) -> None:

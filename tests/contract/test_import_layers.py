@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[2] / "gdagrow"
 
 # From the ground up. A package counts as one; its own modules may import one another.
 ORDER = (
-    "errors", "header", "axes", "coordinates", "heads", "depth", "growth", "split", "fresh", "engine", "recipe",
-    "archs", "lambda_init", "views", "rows", "formats", "dcp", "dcp_tensors", "checkpoint", "reading", "row_files",
+    "errors", "plain_yaml", "header", "axes", "coordinates", "heads", "depth", "growth", "split", "fresh", "engine",
+    "recipe",    "archs", "lambda_init", "views", "rows", "formats", "dcp", "dcp_tensors", "checkpoint", "reading", "row_files",
     "selection", "asked", "plan", "hints", "record", "units", "layout", "costs", "targets", "output", "streaming",
     "states", "expand", "growing", "format_conversion", "models", "export", "verify", "report", "train",
     "experiment",
@@ -107,7 +107,11 @@ def test_the_order_names_what_exists() -> None:
 @pytest.mark.parametrize(
     ("relative", "source", "complaint"),
     [
-        ("axes.py", "from gdagrow.plan import x", "axes imports plan, expected at most errors, header; move what"),
+        (
+            "axes.py",
+            "from gdagrow.plan import x",
+            "axes imports plan, expected at most errors, header, plain_yaml; move what",
+        ),
         ("axes.py", "import gdagrow.plan", "axes imports plan"),
         ("axes.py", "from gdagrow import plan", "axes imports plan"),
         ("axes.py", "def f():\n    from gdagrow.plan import x", "gdagrow/axes.py:2: axes imports plan"),

@@ -10,10 +10,29 @@ from typing import Any, Final
 
 Mutator = Callable[[Random, Sequence[bytes]], bytes]
 
-_INTERESTING: Final = (0, 1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32, 2**60, 2**63, 2**64 - 1)
+_INTERESTING: Final = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**60,
+    2**63,
+    2**64 - 1,
+)
 _SCRAPS: Final = (
     b'"', b"{", b"}", b"[", b"]", b",", b":", b"-1", b"1e9", b"true", b"null", b"NaN", b"\xff", b"\\ud800", b"9" * 30,
-    b"\0", b"\n", b"\xef\xbb\xbf", b"&a ", b"*a", b"<<: ", b"- ", b"..", b"/", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06",
+    b"\0", b"\n", b"\xef\xbb\xbf", b"&a ", b"*a", b"<<: ", b"- ", b"..", b"/", b"PK\x01\x02", b"PK\x05\x06",
+    b"PK\x06\x06",
     b"cos\nsystem\n", b"R", b"b", b"(", b"t",
 )  # fmt: skip
 
@@ -50,22 +69,30 @@ def of_bytes(rng: Random, corpus: Sequence[bytes]) -> bytes:
 
 # Values in the place of any other, as JSON text. What is no JSON stands here on purpose.
 _JSON_VALUES: Final = (
-    "null", "true", "false", "0", "-1", "1", "2", "3", "7", "0.5", "-0.0", "1e308", "1e999", "-1e999", "NaN", "Infinity", "-Infinity",
-    str(2**31 - 1), str(2**31), str(2**60), str(2**63), str(2**64), "-" + str(2**63), "9" * 5000, "1" * 4000, "[]", "{}", "[[]]", '""',
+    "null", "true", "false", "0", "-1", "1", "2", "3", "7", "0.5", "-0.0", "1e308", "1e999", "-1e999", "NaN",
+    "Infinity", "-Infinity",
+    str(2**31 - 1), str(2**31), str(2**60), str(2**63), str(2**64), "-" + str(2**63), "9" * 5000, "1" * 4000, "[]", "{}",
+    "[[]]", '""',
     '"\\ud800"', '"\\u0000"', '"\\n\\u001b[2J"', '"é\\u202e"', '"../../x"', '"/etc/passwd"', '"' + "x" * 5000 + '"',
     '"motif"', '"diffllama"', '"llama"', "[1,1]", "[" * 30 + "]" * 30, "[" * 900 + "]" * 900, "[" * 960 + "]" * 960,
-    "[" * 985 + "]" * 985, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" + "0," * 3000 + "0]", '{"a":1,"a":2}', "Tru", "1.", "01", "'a'",
+    "[" * 985 + "]" * 985, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, "[" + "0," * 3000 + "0]", '{"a":1,"a":2}',
+    "Tru", "1.", "01", "'a'",
 )  # fmt: skip
 # The same for YAML: tags, aliases, merges, and what its types are made of.
 _YAML_VALUES: Final = (
-    "&a [*a, *a]", "&b {x: *b}", "*a", "!!python/object/apply:os.system ['touch marker']", "!!python/name:os.system ''", "!!binary '!'",
-    "!!binary aGVsbG8=", "2024-99-99", "2024-01-01", "2024-01-01T25:00:00Z", "0o8", "0o17", "0x" + "f" * 5000, "0b12", ".inf", ".nan", "1_000", "12:30:45",
-    "!!int x", "!!int ''", "!!float x", "!!bool x", "!!set {a}", "!!set [a]", "!!omap [a: 1]", "!!omap {a: 1}", "!!pairs [a: 1]", "!!timestamp x", "!!null x",
-    "!!str [a]", "!!map [a]", "!!seq {a: 1}", "!x y", "!<tag:x> y", "{[a]: b}", "{{a: b}: c}", "{a: 1, a: 2}", "? a", "{<<: {a: 1}}", "{<<: [1]}", "{<<: x}",
-    "{? [a, [b]] : 1}", "{2024-01-01: 1}", "{~: 1}", "{1: 1, 1.0: 2}", "=", "<<", "4:1", "given:.", "given:x\0y", "given:" + "x" * 5000, "'after:0,0,0'", "after:999999",
-    '"\\ud800"', '"\\xzz"', '"\\U00110000"', "|", ">9", "%YAML 1.1", "---", "...", "@x", "`x", "\t", "!!python/tuple [1]", "[" * 60 + "]" * 60, "[" * 3000, "{a: " * 300,
-    "\n  - &x [1, 1]\n  - &y [*x, *x, *x, *x, *x, *x, *x, *x, *x]\n  - &z [*y, *y, *y, *y, *y, *y, *y, *y, *y]\n  - &w [*z, *z, *z, *z, *z, *z, *z, *z, *z]"
-    "\n  - &v [*w, *w, *w, *w, *w, *w, *w, *w, *w]\n  - &u [*v, *v, *v, *v, *v, *v, *v, *v, *v]\n  - &t [*u, *u, *u, *u, *u, *u, *u, *u, *u]\n  - [*t, *t, *t, *t, *t]\n",
+    "&a [*a, *a]", "&b {x: *b}", "*a", "!!python/object/apply:os.system ['touch marker']",
+    "!!python/name:os.system ''", "!!binary '!'",
+    "!!binary aGVsbG8=", "2024-99-99", "2024-01-01", "2024-01-01T25:00:00Z", "0o8", "0o17", "0x" + "f" * 5000,
+    "0b12", ".inf", ".nan", "1_000", "12:30:45",
+    "!!int x", "!!int ''", "!!float x", "!!bool x", "!!set {a}", "!!set [a]", "!!omap [a: 1]", "!!omap {a: 1}",
+    "!!pairs [a: 1]", "!!timestamp x", "!!null x",
+    "!!str [a]", "!!map [a]", "!!seq {a: 1}", "!x y", "!<tag:x> y", "{[a]: b}", "{{a: b}: c}", "{a: 1, a: 2}", "? a",
+    "{<<: {a: 1}}", "{<<: [1]}", "{<<: x}",
+    "{? [a, [b]] : 1}", "{2024-01-01: 1}", "{~: 1}", "{1: 1, 1.0: 2}", "=", "<<", "4:1", "given:.", "given:x\0y",
+    "given:" + "x" * 5000, "'after:0,0,0'", "after:999999",
+    '"\\ud800"', '"\\xzz"', '"\\U00110000"', "|", ">9", "%YAML 1.1", "---", "...", "@x", "`x", "\t",
+    "!!python/tuple [1]", "[" * 60 + "]" * 60, "[" * 3000, "{a: " * 300,
+    "[&a [1, 1], " + ", ".join(f"&{chr(at + 1)} [{f'*{chr(at)}, ' * 9}]" for at in range(ord("a"), ord("n"))) + "]",
 )  # fmt: skip
 
 
@@ -82,7 +109,11 @@ class Raw(str):
 def json_text(tree: Any) -> str:
     """A tree of `Pairs`, lists and plain values as text."""
     if isinstance(tree, Pairs):
-        return "{" + ",".join(f"{key if isinstance(key, Raw) else json.dumps(key)}:{json_text(value)}" for key, value in tree) + "}"
+        return (
+            "{"
+            + ",".join(f"{key if isinstance(key, Raw) else json.dumps(key)}:{json_text(value)}" for key, value in tree)
+            + "}"
+        )
     if isinstance(tree, list):
         return "[" + ",".join(map(json_text, tree)) + "]"
     return tree if isinstance(tree, Raw) else json.dumps(tree)
@@ -109,7 +140,12 @@ def _change_tree(rng: Random, tree: Any, others: Any, values: Sequence[str]) -> 
         case 1 if node:
             node.append(node[at])
         case 2:
-            node.insert(at, (rng.choice((new if isinstance(new, str) and new.startswith('"') else "x", "x")), new) if is_object else new)
+            node.insert(
+                at,
+                (rng.choice((new if isinstance(new, str) and new.startswith('"') else "x", "x")), new)
+                if is_object
+                else new,
+            )
         case 3 if node and is_object:
             name = rng.choice(('"\\ud800"', '"__class__"', '""', '"head_dim"', '"a.b"', '"' + "k" * 300 + '"'))
             node[at] = (Raw(name), node[at][1])
@@ -167,7 +203,9 @@ def of_shard(rng: Random, corpus: Sequence[bytes]) -> bytes:
     content = rng.choice(corpus)
     size = int.from_bytes(content[:8], "little")
     if rng.random() < 0.4:
-        return of_bytes(rng, [content[: 8 + size]]) + content[8 + size :] if rng.random() < 0.8 else of_bytes(rng, corpus)
+        return (
+            of_bytes(rng, [content[: 8 + size]]) + content[8 + size :] if rng.random() < 0.8 else of_bytes(rng, corpus)
+        )
     header = _of_tree(rng, [content[8 : 8 + size]], _JSON_VALUES).encode("utf-8", "surrogatepass")
     claim = rng.choice(_INTERESTING) if rng.random() < 0.1 else len(header)
     return (claim % 2**64).to_bytes(8, "little") + header + content[8 + size :]
@@ -175,14 +213,22 @@ def of_shard(rng: Random, corpus: Sequence[bytes]) -> bytes:
 
 # Instructions to put into a pickle: names of what would do harm, calls, memo and stack tricks, huge or odd values.
 _INSTRUCTIONS: Final = (
-    b"cos\nsystem\n", b"cposix\nsystem\n", b"cbuiltins\nexec\n", b"cbuiltins\neval\n", b"cplanted\nrun\n", b"\x8c\x07planted\x8c\x03run\x93",
-    b"ctorch\nSize\n", b"ctorch\nload\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n", b"ccollections\nCounter\n", b"X\x0c\x00\x00\x00touch marker",
-    b"R", b"\x81", b"\x92", b"b", b"Q", b"Pid\n", b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"iplanted\nrun\n", b"o", b"0", b"1", b"2",
-    b"N", b"\x88", b"]", b"}", b")", b"(", b"t", b"\x85", b"\x86", b"\x87", b"a", b"e", b"s", b"u", b"\x94", b"q\x00", b"h\x00", b"h\x01", b"j\xff\xff\xff\x7f",
-    b"r\xff\xff\xff\xff", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x8a\xff" + b"\x7f" * 255, b"G\x7f\xf8" + b"\0" * 6, b"G\x7f\xf0" + b"\0" * 6,
-    b"X\xff\xff\xff\xff", b"\x8d" + b"\xff" * 8, b"\x8e" + b"\xff" * 8, b"\x96" + b"\xff" * 7 + b"\x00", b"\x95" + b"\xff" * 8, b"\x80\x05", b"\x80\xff", b".", b"I99\n", b"L99L\n",
-    b"F1e999\n", b"S'a'\n", b"Va\n", b"\x8f", b"\x90", b"\x91", b"\x97", b"\x98", b"K\x02\x86R" , b"(" * 50, b")" + b"\x85" * 2000, b"]" + b"\x94]" * 500 , b"2\x86" * 40, b"2\x86" * 400,
-    b"X\x03\x00\x00\x00\xed\xa0\x80", b"X\x01\x00\x00\x00\x00", b"X\x09\x00\x00\x00../secret", b"\x8a\x05\xff\xff\xff\xff\x7f",
+    b"cos\nsystem\n", b"cposix\nsystem\n", b"cbuiltins\nexec\n", b"cbuiltins\neval\n", b"cplanted\nrun\n",
+    b"\x8c\x07planted\x8c\x03run\x93",
+    b"ctorch\nSize\n", b"ctorch\nload\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nbytearray\n",
+    b"ccollections\nCounter\n", b"X\x0c\x00\x00\x00touch marker",
+    b"R", b"\x81", b"\x92", b"b", b"Q", b"Pid\n", b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00",
+    b"iplanted\nrun\n", b"o", b"0", b"1", b"2",
+    b"N", b"\x88", b"]", b"}", b")", b"(", b"t", b"\x85", b"\x86", b"\x87", b"a", b"e", b"s", b"u", b"\x94",
+    b"q\x00", b"h\x00", b"h\x01", b"j\xff\xff\xff\x7f",
+    b"r\xff\xff\xff\xff", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x8a\xff" + b"\x7f" * 255,
+    b"G\x7f\xf8" + b"\0" * 6, b"G\x7f\xf0" + b"\0" * 6,
+    b"X\xff\xff\xff\xff", b"\x8d" + b"\xff" * 8, b"\x8e" + b"\xff" * 8, b"\x96" + b"\xff" * 7 + b"\x00",
+    b"\x95" + b"\xff" * 8, b"\x80\x05", b"\x80\xff", b".", b"I99\n", b"L99L\n",
+    b"F1e999\n", b"S'a'\n", b"Va\n", b"\x8f", b"\x90", b"\x91", b"\x97", b"\x98", b"K\x02\x86R" , b"(" * 50,
+    b")" + b"\x85" * 2000, b"]" + b"\x94]" * 500 , b"2\x86" * 40, b"2\x86" * 400,
+    b"X\x03\x00\x00\x00\xed\xa0\x80", b"X\x01\x00\x00\x00\x00", b"X\x09\x00\x00\x00../secret",
+    b"\x8a\x05\xff\xff\xff\xff\x7f",
 )  # fmt: skip
 
 

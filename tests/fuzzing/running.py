@@ -1,4 +1,4 @@
-"""Mutated inputs through their readers, one after another in a process that is watched: what comes out, what it takes."""
+"""Mutated inputs through their readers, in a process that is watched: what comes out, and what it takes."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any, Final, NoReturn
 from gdagrow.errors import GdagrowError
 from tests.fuzzing.targets import TARGETS, Target
 
-SECONDS: Final = 2.0  # for one input
+SECONDS: Final = 2.0  # of the processor, for one input
 STUCK_SECONDS: Final = 20.0  # for one that no signal stops
 MORE_BYTES: Final = 300 * 2**20  # of memory for one input
 _SPACE_BYTES: Final = 4 * 2**30  # of addresses beside what the process begins with
@@ -32,7 +32,8 @@ _SPACE_BYTES: Final = 4 * 2**30  # of addresses beside what the process begins w
 # and code is compiled and run by imports alone.
 _NEVER: Final = frozenset((
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.__new__", "socket.connect",
-    "socket.getaddrinfo", "pickle.find_class", "compile", "exec", "import", "ctypes.dlopen", "code.__new__", "marshal.loads",
+    "socket.getaddrinfo", "pickle.find_class", "compile", "exec", "import",
+    "ctypes.dlopen", "code.__new__", "marshal.loads",
     "urllib.Request", "os.fork", "os.forkpty", "pty.spawn", "webbrowser.open",
 ))  # fmt: skip
 _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -55,7 +56,7 @@ class Finding:
     @property
     def place(self) -> str:
         """Where it happened, by which alike ones are known."""
-        lines = [line for line in self.told.splitlines() if 'gdagrow/' in line and "tests/" not in line]
+        lines = [line for line in self.told.splitlines() if "gdagrow/" in line and "tests/" not in line]
         last = self.told.strip().splitlines()[-1] if self.told.strip() else ""
         return f"{self.what}: {lines[-1].strip() if lines else ''} {last[:160]}"
 
@@ -167,7 +168,7 @@ class _Child:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + _SPACE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.signal(signal.SIGALRM, _too_slow)
+        signal.signal(signal.SIGPROF, _too_slow)
         sys.addaudithook(self._audit)
         for number in range(first, count):
             self._reached[:8] = struct.pack("<q", number)
@@ -175,9 +176,9 @@ class _Child:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
             path.write_bytes(content)
-            before, begun = _peak(), time.perf_counter()
+            before, begun = _peak(), time.process_time()
             finding = self._read(read, number, content, outcome)
-            took, more = time.perf_counter() - begun, _peak() - before
+            took, more = time.process_time() - begun, _peak() - before
             outcome.slowest, outcome.peak = max(outcome.slowest, took), max(outcome.peak, more)
             if finding is None and more > MORE_BYTES:
                 finding = Finding(self._target.name, number, "memory", f"{more / 2**20:.0f} MiB", content)
@@ -189,19 +190,20 @@ class _Child:
 
     def _read(self, read: Any, number: int, content: bytes, outcome: Outcome) -> Finding | None:
         """Read one input; what comes of it is counted, or told."""
+
         def found(what: str, told: str) -> Finding:
             return Finding(self._target.name, number, what, told, content)
 
         self._seen.clear()
         try:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             self._is_watching = True
             try:
                 read(number)
                 outcome.accepted += 1
             finally:
                 self._is_watching = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
         except GdagrowError as error:
             outcome.refused += 1
             if len(str(error)) > 100_000:

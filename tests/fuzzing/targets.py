@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +111,10 @@ def _of_model(file: str, *, index: bool = False, **topology: Any) -> Callable[[P
 def _config(directory: Path) -> tuple[Path, list[bytes], Read]:
     path, corpus, read = _of_model("config.json")(directory)
     (directory / "other").mkdir()
-    others = [{"plain": True, "ratio": 1, "groups": 2, "head_dim": 2, "hidden": 8}, {"tied": True, "activation": "silu"}]
+    others = [
+        {"plain": True, "ratio": 1, "groups": 2, "head_dim": 2, "hidden": 8},
+        {"tied": True, "activation": "silu"},
+    ]
     for other in others:
         write_checkpoint(directory / "other", **{**TINY, **other})
         corpus.append((directory / "other/config.json").read_bytes())
@@ -133,7 +135,9 @@ def _record(directory: Path) -> tuple[Path, list[bytes], Read]:
     model = directory / "model"
     grow_checkpoint(directory / "once", model, make_recipe({"hidden_to": 6, "noise": 2, "kv": 2}))
     path = model / "growth.json"
-    before, between, after = (checkpoint_figures(read_checkpoint(directory / name)).sizes for name in ("source", "once", "model"))
+    before, between, after = (
+        checkpoint_figures(read_checkpoint(directory / name)).sizes for name in ("source", "once", "model")
+    )
     corpus = [path.read_bytes(), (directory / "once/growth.json").read_bytes()]
 
     def read(number: int) -> None:
@@ -194,10 +198,13 @@ def _like(directory: Path) -> tuple[Path, list[bytes], Read]:
 
 def _training(directory: Path) -> tuple[Path, list[bytes], Read]:
     path = directory / "run.yaml"
-    growths = [{"at": 4, "expand": {"signal": 2}, "freeze": {"heads": "old", "steps": 2}}, {"at": 6, "expand": {"layers": 3}}]
+    growths = [
+        {"at": 4, "expand": {"signal": 2}, "freeze": {"heads": "old", "steps": 2}},
+        {"at": 6, "expand": {"layers": 3}},
+    ]
     corpus = [
         training(), training(growth=growths, schedule={"kind": "wsd", "decay": 2}),
-        training(optimizer={"name": "muon", "learning_rate": 1e-3, "betas": [0.9, 0.95]}, freeze={"layers": [0], "steps": 2}),
+        training(optimizer={"name": "muon", "learning_rate": 1e-3}, freeze={"layers": [0], "steps": 2}),
     ]  # fmt: skip
 
     def read(number: int) -> None:
@@ -225,7 +232,14 @@ def _trainer_state(directory: Path) -> tuple[Path, list[bytes], Read]:
     model, path = directory / "model", directory / "model/trainer_state.json"
     write_training_state(model, **TINY)
     log = [{"loss": 2.5, "step": 1, "learning_rate": 1e-3}, {"eval_loss": 2.25, "step": 2}, {"loss": 2.0, "step": 2}]
-    state = {"epoch": 0.5, "global_step": 2, "max_steps": 10, "log_history": log, "best_metric": 2.0, "total_flos": 1e12}
+    state = {
+        "epoch": 0.5,
+        "global_step": 2,
+        "max_steps": 10,
+        "log_history": log,
+        "best_metric": 2.0,
+        "total_flos": 1e12,
+    }
     corpus = [path.read_bytes(), json.dumps(state).encode()]
 
     def read(number: int) -> None:
@@ -286,7 +300,11 @@ def _metadata(directory: Path) -> tuple[Path, list[bytes], Read]:
 
 def _chunks(directory: Path) -> tuple[Path, list[bytes], Read]:
     model = directory / "model"
-    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(3).bfloat16(), "optim": {"lr": 1e-3, "betas": (0.9, 0.95)}}
+    state = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.zeros(3).bfloat16(),
+        "optim": {"lr": 1e-3, "betas": (0.9, 0.95)},
+    }
     dcp.save(state, checkpoint_id=model, no_dist=True)
     (path,) = model.glob("*.distcp")
 
@@ -323,7 +341,11 @@ def _metrics(directory: Path) -> tuple[Path, list[bytes], Read]:
     run = directory / "run"
     (run / "checkpoint-2").mkdir(parents=True)
     path = run / "metrics.jsonl"
-    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0, "eval_loss": 2.25}, {"step": 2, "event": "growth", "parameters": [1, 2]}]
+    lines = [
+        {"step": 1, "loss": 2.5},
+        {"step": 2, "loss": 2.0, "eval_loss": 2.25},
+        {"step": 2, "event": "growth", "parameters": [1, 2]},
+    ]
 
     def read(_: int) -> None:
         metrics_lines(path)
@@ -336,7 +358,11 @@ def _metrics(directory: Path) -> tuple[Path, list[bytes], Read]:
 def _tokens(directory: Path) -> tuple[Path, list[bytes], Read]:
     (directory / "train.bin").write_bytes(bytes(2000))
     path = directory / "data.json"
-    described = {"source": {}, "train": [{"path": "train.bin", "dtype": "uint16", "offset": 0, "num_tokens": 1000}], "evaluation": []}
+    described = {
+        "source": {},
+        "train": [{"path": "train.bin", "dtype": "uint16", "offset": 0, "num_tokens": 1000}],
+        "evaluation": [],
+    }
     source = DataSource(train=("x",), held_out=0.1)
 
     def read(_: int) -> None:

@@ -60,7 +60,8 @@ def main() -> int:
 def _line(outcome: Outcome) -> str:
     return (
         f"{outcome.target:20} {outcome.inputs:8,} {outcome.accepted:9,} {outcome.refused:8,} "
-        f"{len(outcome.findings):8,} {outcome.slowest * 1000:6.0f} ms {outcome.peak / 2**20:5.0f} MiB {outcome.inputs / outcome.seconds:8,.0f}"
+        f"{len(outcome.findings):8,} {outcome.slowest * 1000:6.0f} ms {outcome.peak / 2**20:5.0f} MiB "
+        f"{outcome.inputs / outcome.seconds:8,.0f}"
     )
 
 

@@ -91,8 +91,8 @@ def read_record(directory: Path) -> list[Any]:
     Raises:
         CheckpointError: there is a `growth.json` that cannot be read.
     """
-    path = require_inside(directory, directory / RECORD_FILE)
-    return read_record_file(path) if os.path.lexists(path) else []
+    path = directory / RECORD_FILE
+    return read_record_file(require_inside(directory, path)) if os.path.lexists(path) else []
 
 
 def read_record_file(path: Path) -> list[Any]:

@@ -1,24 +1,31 @@
 """The files of a state: checked before an engine takes them as they are, and made a model of at the end."""
 
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final
 
 from gdagrow.checkpoint import read_checkpoint
 from gdagrow.costs import checkpoint_figures
 from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_tensors import DcpTensors
+from gdagrow.errors import CheckpointError
 from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
 from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
 from gdagrow.formats.publish import copy_companions
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.small_file import read_small_file
 from gdagrow.formats.torch_file import load_plain
 from gdagrow.header import Header
 from gdagrow.record import RECORD_FILE
 from gdagrow.states.dcp_checkpoint import read_trees
 from gdagrow.states.optimizer_file import read_optimizer
+from gdagrow.states.trainer_checkpoint import STATE_FILE
 from gdagrow.train.configs import is_sharded
 from gdagrow.train.recipe import TrainRecipe
 
@@ -36,12 +43,45 @@ def read_state(state: Path) -> Header:
     """
     header = read_checkpoint(state)
     checkpoint_figures(header)
+    _require_trainer_state(state)
     if isinstance(header, DcpHeader):
         for tree in read_trees(header):
             _require_plain_values(tree)
     else:
         read_optimizer(header, check_moments=False)  # shapes are checked; an optimizer that begins anew has none
     return header
+
+
+@contextmanager
+def refusing_what_is_not_plain(state: Path, file: str) -> Iterator[None]:
+    """Say it when torch refuses a small file of a state, or cannot read it, while an engine loads it.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    try:
+        yield
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{state / file} is damaged or asks for more than tensors and plain values; nothing in it was run: restore "
+            "the state"
+        ) from None
+
+
+def _require_trainer_state(state: Path) -> None:
+    from transformers import TrainerState
+
+    path = state / STATE_FILE
+    try:
+        TrainerState(**json.loads(read_small_file(path)))
+    except CheckpointError:
+        raise
+    except Exception:  # whatever its fields do not take
+        raise CheckpointError(
+            f"{path}: expected the state of a Trainer, got something else; restore the state"
+        ) from None
 
 
 def _require_plain_values(tree: DcpHeader) -> None:

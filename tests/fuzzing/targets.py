@@ -327,6 +327,7 @@ def _values(directory: Path) -> tuple[Path, list[bytes], Read]:
     write_checkpoint(directory / "source", **TINY)
     write_distributed_state(directory / "source", model)
     shutil.copy(directory / "source/config.json", model)
+    (model / "trainer_state.json").write_text("{}")
     (path,) = model.glob("*.distcp")
 
     def read(number: int) -> None:

@@ -68,14 +68,24 @@ def load_plain(octets: bytes, where: str) -> Any:
     return _load(io.BytesIO(octets), where)
 
 
-def _load(file: BinaryIO, where: str) -> Any:
-    """Load a file, or refuse it before or after torch sees it; nothing in it is run."""
+def require_plain_pickle(file: BinaryIO, where: str) -> None:
+    """Refuse what torch itself should not be shown, which `weights_only` is not enough for.
+
+    Tuples nested deep enough end the process when torch hashes them as a key, without an exception.
+
+    Raises:
+        CheckpointError: it is no file in torch's zip format, or its pickle holds more than plain data.
+    """
     try:
-        # Deep tuples as keys end a process: torch's own machine, written in Python, hashes them.
         parse(_pickle_of_plain_zip(file, where), _Anything())
     except PickleRefusedError as error:
         raise refused(where, error) from None
     file.seek(0)
+
+
+def _load(file: BinaryIO, where: str) -> Any:
+    """Load a file, or refuse it before or after torch sees it; nothing in it is run."""
+    require_plain_pickle(file, where)
     try:
         tree = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:

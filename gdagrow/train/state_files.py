@@ -1,6 +1,8 @@
 """The files of a state: checked before an engine takes them as they are, and made a model of at the end."""
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +19,11 @@ from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
 from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
+from gdagrow.formats.links import require_inside
 from gdagrow.formats.publish import copy_companions
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.small_file import read_small_file
-from gdagrow.formats.torch_file import load_plain
+from gdagrow.formats.torch_file import load_plain, require_plain_pickle
 from gdagrow.header import Header
 from gdagrow.record import RECORD_FILE
 from gdagrow.states.dcp_checkpoint import read_trees
@@ -32,6 +35,8 @@ from gdagrow.train.recipe import TrainRecipe
 _MAX_FILE_BYTES: Final = 5 * 10**9
 _TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _CONFIG: Final = "config.json"
+# What the Trainer loads by itself.
+_LOADED: Final = re.compile(r"scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 
 
 def read_state(state: Path) -> Header:
@@ -44,6 +49,8 @@ def read_state(state: Path) -> Header:
     header = read_checkpoint(state)
     checkpoint_figures(header)
     _require_trainer_state(state)
+    for path in sorted(path for path in state.iterdir() if _LOADED.fullmatch(path.name)):
+        require_plain_pickle(io.BytesIO(read_small_file(require_inside(state, path))), str(path))
     if isinstance(header, DcpHeader):
         for tree in read_trees(header):
             _require_plain_values(tree)

@@ -213,6 +213,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "schedule": ("scheduler.pt", lambda marker: zipped(by_stack_global(marker))),
     "random numbers": ("rng_state.pth", lambda marker: zipped(by_global(marker))),
     "random numbers, nested": ("rng_state.pth", lambda marker: zipped(nested(marker))),
+    "a key that ends a process": ("rng_state.pth", lambda marker: zipped(b"})" + b"\x85" * 200_000 + b"K\x01s.")),
     "no zip": ("scheduler.pt", by_global),
     "torn schedule": ("scheduler.pt", lambda marker: zipped(b"}.")[:-40]),
     "torn state": ("trainer_state.json", lambda marker: b'{"global_step": 2'),
@@ -286,9 +287,9 @@ def test_nothing_in_the_package_can_run_what_a_file_says() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "torch.load(x)", "torch.load(x, weights_only=False)", "torch.load(x, weights_only=flag)", "pickle.loads(x)", "eval(x)",
-        "AutoModel.from_pretrained(x, trust_remote_code=True)", "YAML()", "YAML(typ='unsafe')", "pickle.Unpickler(f)",
-        "np.load(x, allow_pickle=True)",
+        "torch.load(x)", "torch.load(x, weights_only=False)", "torch.load(x, weights_only=flag)", "pickle.loads(x)",
+        "eval(x)", "AutoModel.from_pretrained(x, trust_remote_code=True)", "YAML()", "YAML(typ='unsafe')",
+        "pickle.Unpickler(f)", "np.load(x, allow_pickle=True)",
     ],
 )  # fmt: skip
 def test_what_could_is_seen(code: str) -> None:

@@ -10,10 +10,9 @@ What is written back goes through `gdagrow.formats.dcp_layout.plan_dcp`, under t
 and `header.names.moment_key(name, kind)`, with the paths of `header.path(...)`.
 """
 
-from typing import Self
-
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gdagrow.archs import architecture_of
 from gdagrow.dcp import DcpHeader

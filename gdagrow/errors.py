@@ -52,3 +52,7 @@ class TrainError(GdagrowError):
 
 class DivergedError(TrainError):
     """A run's loss is not finite."""
+
+
+class ResumeError(OutputError):
+    """What an interrupted run left belongs to another growth than the one that is to go on."""

@@ -11,15 +11,9 @@ from typing import Final
 import gdagrow
 from gdagrow.archs import trained_of
 from gdagrow.errors import CheckpointError, OutputError
+from gdagrow.formats.companions import copy_companions, list_companions
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import (
-    check_free_space,
-    copy_companions,
-    list_companions,
-    require_apart,
-    staged,
-    write_file,
-)
+from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig

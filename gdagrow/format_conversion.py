@@ -12,21 +12,14 @@ from gdagrow.archs import Architecture, architecture_of
 from gdagrow.dcp import CONFIG, DcpHeader, config_file, read_dcp
 from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, OutputError
+from gdagrow.formats.companions import SkippedFile, copy_companions, list_companions
 from gdagrow.formats.dcp_layout import plan_dcp
 from gdagrow.formats.dcp_metadata import METADATA_FILE
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
 from gdagrow.formats.kind import Format, format_of, place_of_weights
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import (
-    SkippedFile,
-    check_free_space,
-    copy_companions,
-    list_companions,
-    require_apart,
-    staged,
-    write_file,
-)
+from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
 from gdagrow.header import Header

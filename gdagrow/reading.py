@@ -1,10 +1,11 @@
 """The reader that a header asks for: of the stored tensors, or of those that a view makes of them."""
 
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_tensors import DcpTensors

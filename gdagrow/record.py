@@ -4,13 +4,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import gdagrow
 from gdagrow.axes import IndexMap
 from gdagrow.errors import CheckpointError
+from gdagrow.formats.digests import FileDigest
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.small_file import read_small_file
 from gdagrow.formats.strict_json import parse_object
@@ -22,14 +22,6 @@ FORMAT: Final = 1
 FEATURES: Final = ("hidden", "ffn")
 # Keys of the config that are no sizes and that a recipe may name.
 _NAMED: Final = ("rope_theta", "max_position_embeddings")
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """A weight file that was read or written: its size and the SHA-256 of its bytes."""
-
-    num_bytes: int
-    sha256: str
 
 
 def growth_record(

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from math import prod
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from typing_extensions import Self
 
 from gdagrow.dcp import DcpHeader
 from gdagrow.formats.weight_files import NO_FILE, RowFiles, RowsInFile, WeightFiles

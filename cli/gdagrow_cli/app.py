@@ -4,7 +4,6 @@ import typer
 
 app = typer.Typer(
     help="Grow (hyperclone) checkpoints of grouped differential attention models exactly, as a stream.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -93,6 +93,15 @@ def expand(
     moments: MomentsOption = None,
     schedule: ScheduleOption = None,
     config: ModelConfig = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar="",
+            show_default=False,
+            help="Go on with what an interrupted run left: keep its finished files. If interrupted, leave them too.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", metavar="", help="Do as plan does.", show_default=False)
     ] = False,
@@ -111,7 +120,7 @@ def expand(
         return
     from gdagrow_cli.expand_view import run_expand
 
-    run_expand(growing, out, as_json=as_json, quiet=quiet)
+    run_expand(growing, out, resume=resume, as_json=as_json, quiet=quiet)
 
 
 @app.command()

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gdagrow.errors import GdagrowError, ResumeError
 from gdagrow.expand import Expansion
 from gdagrow.expand import expand as expand_checkpoint
+from gdagrow.formats.journal import num_finished
+from gdagrow.formats.publish import unfinished
 from gdagrow.growing import Growing
 from gdagrow.recipe import Recipe
 from gdagrow.record import RECORD_FILE
@@ -28,7 +31,7 @@ from gdagrow_cli.plan_view import (
 from gdagrow_cli.stopping import Stopped
 
 
-def run_expand(growing: Growing, out: Path | None, *, as_json: bool, quiet: bool) -> None:
+def run_expand(growing: Growing, out: Path | None, *, resume: bool, as_json: bool, quiet: bool) -> None:
     """Carry out a growth and say what was written.
 
     Raises:
@@ -38,13 +41,21 @@ def run_expand(growing: Growing, out: Path | None, *, as_json: bool, quiet: bool
     target = out or default_target(checkpoint, growing.plan.recipe)
     start = time.monotonic()
     with byte_progress("growing", growing.output.num_bytes, shown=not as_json and not quiet) as advance:
-        expansion = _expand_or_stop(growing, target, advance)
+        expansion = _expand_or_stop(growing, target, resume, advance)
     seconds = time.monotonic() - start
     if as_json:
         files = {name: {"bytes": digest.num_bytes, "sha256": digest.sha256}
                  for name, digest in expansion.shards.items()}  # fmt: skip
         growth = growth_as_dict(growing, expansion.companions)
-        print_json({"output": str(expansion.target), "seconds": seconds, "files": files, **growth})
+        print_json(
+            {
+                "output": str(expansion.target),
+                "seconds": seconds,
+                "files": files,
+                "resumed": expansion.resumed,
+                **growth,
+            }
+        )
     elif not quiet:
         _print(stdout_console(), growing, expansion, seconds)
 
@@ -55,13 +66,27 @@ def default_target(checkpoint: Path, recipe: Recipe) -> Path:
     return source.with_name(f"{source.name}-{recipe.label}")
 
 
-def _expand_or_stop(growing: Growing, target: Path, advance: Callable[[int], None]) -> Expansion:
+def _expand_or_stop(growing: Growing, target: Path, resume: bool, advance: Callable[[int], None]) -> Expansion:
     try:
-        return expand_checkpoint(growing.plan, target, growing.output, progress=advance)
+        return expand_checkpoint(growing.plan, target, growing.output, resume=resume, progress=advance)
     except Stopped as stopped:
         if (target / RECORD_FILE).exists():  # the output is put into place whole, so it came before the signal
             raise Stopped(stopped.signum, f"{target} is there, whole") from None
+        raise Stopped(stopped.signum, _what_stays(growing, target) or stopped.told) from None
+    except ResumeError:
         raise
+    except GdagrowError as error:
+        if stays := _what_stays(growing, target):
+            raise type(error)(f"{error}; {stays}") from None
+        raise
+
+
+def _what_stays(growing: Growing, target: Path) -> str | None:
+    """What a run that failed left for the next one, if anything."""
+    place = unfinished(target)
+    if place is None or not (finished := num_finished(place)):
+        return None
+    return f"{finished} of {len(growing.output.layouts)} files are finished and stay for expand --resume"
 
 
 def _print(console: Console, growing: Growing, expansion: Expansion, seconds: float) -> None:
@@ -69,6 +94,8 @@ def _print(console: Console, growing: Growing, expansion: Expansion, seconds: fl
     before = sum(info.num_elements for info in plan.header.stored.tensors.values())
     after = sum(tensor.num_elements for tensor in plan.tensors)
     files = f"{len(expansion.shards)} file{'s' * (len(expansion.shards) != 1)}"
+    if expansion.resumed:
+        files += f" ({len(expansion.resumed)} finished before)"
     print_unbroken(console, f"wrote {expansion.target}")
     console.print(f"  {growth_text(plan)}")
     ratios = dict.fromkeys((f"{plan.before.heads.ratio}:1", f"{plan.after.heads.ratio}:1"))

@@ -17,6 +17,9 @@ from gdagrow_cli.stopping import Stopped, stop_by_exception
 
 EXIT_ERROR, EXIT_BUG, EXIT_BROKEN_PIPE = 2, 70, 141
 
+# Set by the scripts of --show-completion while a shell asks what may come next.
+_COMPLETING = "_GDAGROW_COMPLETE"
+
 # What a parser of options raises for a command line that it does not understand.
 _UsageError = typer.BadParameter.__mro__[1]
 
@@ -43,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = app(words or ["--help"], prog_name="gdagrow", standalone_mode=False)
             sys.stdout.flush()
             return int(code or 0)
-    except (BrokenPipeError, SystemExit):
+    except (BrokenPipeError, SystemExit) as ended:
+        code = ended.code if isinstance(ended, SystemExit) else None
+        if isinstance(code, int) and (code == 0 or _COMPLETING in os.environ):
+            return code  # typer ends so after a completion, or what sets completion up
         # The reader has gone, which typer and rich turn into an exit; what Python still holds for it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

@@ -1,6 +1,6 @@
 """Arguments and options that several commands take."""
 
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -71,9 +71,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="Print nothing 
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.", show_default=False)]
 
 
-class Dtype(StrEnum):
+class Dtype(str, Enum):
     """Dtypes to compute logits in."""
 
     float64 = "float64"
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+    __str__ = str.__str__  # as in StrEnum, which came with Python 3.11

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gdagrow.costs import growth_figures
-from gdagrow.formats.publish import Companions, SkippedFile, list_companions
+from gdagrow.formats.companions import Companions, SkippedFile, list_companions
 from gdagrow.formats.safetensors_header import INDEX_FILE
 from gdagrow.growing import Growing
 from gdagrow.heads import HeadGrowth

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from gdagrow.errors import CheckpointError
+from gdagrow.formats.digests import file_stat
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.pickle_tree import Global, Made, PickleRefusedError, parse, refused
 from gdagrow.formats.small_file import read_small_file
@@ -237,11 +238,6 @@ def _is_plain(file: str) -> bool:
     path = PurePosixPath(file)
     return file.isprintable() and "\\" not in file and bool(path.parts) and not path.is_absolute() and (
         ".." not in path.parts)  # fmt: skip
-
-
-def file_stat(stat: os.stat_result) -> FileStat:
-    """What tells that a file is still the same."""
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _files(directory: Path, blobs: Mapping[tuple[str, Any], Blob]) -> dict[str, FileStat]:

@@ -8,13 +8,15 @@ from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import torch
+from typing_extensions import Self
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_blob import BlobError, StridedBytes, locate
-from gdagrow.formats.dcp_metadata import Blob, Chunk, DcpMetadata, StoredTensor, file_stat
+from gdagrow.formats.dcp_metadata import Blob, Chunk, DcpMetadata, StoredTensor
+from gdagrow.formats.digests import file_stat
 from gdagrow.formats.torch_dtypes import DTYPES
 
 _LOCATED: Final = 4096  # chunks whose place is remembered; rows are read in order, so that each is found about once

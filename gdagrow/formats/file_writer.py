@@ -7,7 +7,9 @@ from hashlib import sha256
 from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
+
+from typing_extensions import Self
 
 from gdagrow.errors import OutputError
 from gdagrow.formats.direct_file import DirectFile

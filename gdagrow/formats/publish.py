@@ -1,81 +1,64 @@
-"""Publish a directory whole or not at all, with the companion files of the checkpoint that it came from."""
+"""Publish a directory whole or not at all."""
 
 import fcntl
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from gdagrow.errors import CheckpointError, OutputError
-from gdagrow.formats.links import require_inside
+from gdagrow.errors import OutputError
 
-# What of a source is not carried along, and why: pattern of a name, reason. A trailing slash means a directory.
-_REWRITTEN: Final = (("config.json", "rewritten"), ("growth.json", "rewritten"))  # at the top of the directory only
-_STATE: Final = "training state of the source, wrong beside grown weights"
-_WEIGHTS: Final = "weights of the source"
-_LEFT_BEHIND: Final = (
-    *((pattern, _STATE) for pattern in (
-        "optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scaler*.pt", "rng_state*.pth", "trainer_state.json",
-        "training_args.bin", "global_step*/", "checkpoint-*/", "latest",
-    )),
-    *((pattern, _WEIGHTS) for pattern in (
-        "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.h5", "*.h5.index.json",
-        "*.msgpack", "*.msgpack.index.json", "*.pt", "*.pth", "*.onnx", "*.onnx_data",
-        "*.distcp", ".metadata",
-    )),
-    (".git/", "history of the source"),
-    (".cache/", "download records of the source"),
-    (".*.gdagrow-partial-*/", "an unfinished output of gdagrow"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SkippedFile:
-    """A file, or a directory with a trailing slash, that is not carried along; `path` is relative to the source."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Companions:
-    """The files beside the weights: paths relative to the source that are copied, and those that are not."""
-
-    copied: tuple[str, ...]
-    skipped: tuple[SkippedFile, ...]
+# What is written lies in a directory of its own, beside what is told of it.
+_OUTPUT: Final = "output"
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, *, goes_on: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield an empty directory beside `target` that becomes `target` if the block ends well, else disappears.
 
-    What earlier runs for the same target left when they were killed is removed first.
+    What earlier runs for the same target left when they were killed is removed first; one that lives is not disturbed.
+
+    Args:
+        target: A directory that is missing or empty.
+        goes_on: Whether a directory, in which the one that is yielded lies, holds work that is to be gone on with. One
+            that a killed run left is taken over if so, and after a failure it stays.
 
     Raises:
-        OutputError: `target` exists and is not an empty directory, at entry or at the end, or its parent is not a
-            directory that can be written.
+        OutputError: `target` exists and is not an empty directory, at entry or at the end, its parent is not a
+            directory that can be written, or another process writes it.
     """
     target = Path(os.path.abspath(target))
     _require_free(target)
     try:
-        _remove_stale(target)
-        partial, lock = _create_partial(target)
+        place, lock = _take_over(target, goes_on) or _create_place(target)
     except OSError as error:
-        raise OutputError(
-            f"{target.parent} cannot be written ({error.strerror}); choose another place for {target.name}"
-        ) from None
+        raise _unwritable(target, error) from None
+    stays = goes_on
     try:
+        partial = place / _OUTPUT
+        try:
+            partial.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unwritable(target, error) from None
         yield partial
         _publish(partial, target)
+        stays = None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if stays is None or not stays(place):
+            shutil.rmtree(place, ignore_errors=True)
         os.close(lock)
+
+
+def unfinished(target: Path) -> Path | None:
+    """The directory that an unfinished run for `target` left, if there is one."""
+    target = Path(os.path.abspath(target))
+    if not target.parent.is_dir():
+        return None
+    return next((path for path in target.parent.iterdir() if _is_place_of(target, path)), None)
 
 
 def _require_free(target: Path) -> None:
@@ -93,32 +76,55 @@ def _not_empty(target: Path) -> OutputError:
     return OutputError(f"{target} exists and is not empty; remove it or choose another output")
 
 
-def _remove_stale(target: Path) -> None:
-    ours = re.compile(re.escape(f".{target.name}.gdagrow-partial-") + "[0-9a-f]{6}")
-    for path in target.parent.iterdir():
-        if not ours.fullmatch(path.name):
-            continue
-        with suppress(PermissionError):  # another user's is not ours to remove
-            if (lock := _try_lock(path)) is not None:
+def _unwritable(target: Path, error: OSError) -> OutputError:
+    return OutputError(f"{target.parent} cannot be written ({error.strerror}); choose another place for {target.name}")
+
+
+def _is_place_of(target: Path, path: Path) -> bool:
+    return bool(re.fullmatch(re.escape(f".{target.name}.gdagrow-partial-") + "[0-9a-f]{6}", path.name))
+
+
+def _take_over(target: Path, goes_on: Callable[[Path], bool] | None) -> tuple[Path, int] | None:
+    """Of the directories that killed runs left, lock and return one to go on with; remove the others."""
+    with ExitStack() as stack:
+        stale: dict[Path, int] = {}
+        for path in [path for path in target.parent.iterdir() if _is_place_of(target, path)]:
+            with suppress(PermissionError):  # another user's is not ours to remove
+                try:
+                    lock = _try_lock(path)
+                except BlockingIOError:
+                    raise OutputError(
+                        f"{target} is being written by another process, in {path}; wait for it or choose another output"
+                    ) from None
+                if lock is not None:
+                    stale[path] = lock
+                    stack.callback(os.close, lock)
+        taken = next(filter(goes_on, stale), None) if goes_on else None
+        for path in stale:
+            if path != taken:
                 shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
+        return (taken, os.dup(stale[taken])) if taken else None
 
 
-def _create_partial(target: Path) -> tuple[Path, int]:
+def _create_place(target: Path) -> tuple[Path, int]:
     while True:
-        partial = target.with_name(f".{target.name}.gdagrow-partial-{secrets.token_hex(3)}")
+        place = target.with_name(f".{target.name}.gdagrow-partial-{secrets.token_hex(3)}")
         try:
-            partial.mkdir()
+            place.mkdir()
         except FileExistsError:
             continue
         # Another process may take the new directory for a stale one until the lock is held.
-        lock = _try_lock(partial)
-        if lock is not None:
-            return partial, lock
+        with suppress(BlockingIOError):
+            if (lock := _try_lock(place)) is not None:
+                return place, lock
 
 
 def _try_lock(directory: Path) -> int | None:
-    """Lock a directory for this process's life; None if another one holds it or it is gone."""
+    """Lock a directory for this process's life; None if it is gone.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -127,7 +133,7 @@ def _try_lock(directory: Path) -> int | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), os.lstat(directory)):
             return lock
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         pass
     except BaseException:
         os.close(lock)
@@ -184,79 +190,3 @@ def require_apart(source: Path, target: Path) -> None:
     """Raise OutputError if `target` lies in `source`, however either is written."""
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(source)):
         raise OutputError(f"{target} lies in the source {source}, which is never changed; choose another output")
-
-
-def list_companions(source: Path, carried: Collection[str] = ()) -> Companions:
-    """Say which files of a source directory, weights aside, go with a model grown from it; nothing is written.
-
-    Args:
-        source: The directory.
-        carried: Names of files at its top that go along whatever they are.
-
-    Raises:
-        CheckpointError: a link leads out of the directory, or a part of it cannot be listed.
-    """
-    copied: list[str] = []
-    skipped: list[SkippedFile] = []
-
-    def unreadable(error: OSError) -> None:
-        raise CheckpointError(f"{error.filename} cannot be listed ({error.strerror}); check the directory")
-
-    for directory, subdirectories, names in os.walk(source, onerror=unreadable):
-        for name in list(subdirectories):
-            path = Path(directory, name)
-            if reason := _reason_to_skip_directory(source, path):
-                skipped.append(SkippedFile(f"{path.relative_to(source).as_posix()}/", reason))
-                subdirectories.remove(name)
-        for name in names:
-            path = Path(directory, name)
-            relative = path.relative_to(source).as_posix()
-            if reason := _reason_to_skip_file(source, path, carried):
-                skipped.append(SkippedFile(relative, reason))
-            else:
-                copied.append(relative)
-    return Companions(tuple(sorted(copied)), tuple(sorted(skipped, key=lambda skip: skip.path)))
-
-
-def copy_companions(source: Path, destination: Path, carried: Collection[str] = ()) -> Companions:
-    """Copy the companion files of `source` into directory `destination`, links replaced by what they point to.
-
-    Raises:
-        CheckpointError: as for `list_companions`, before anything is written.
-        OutputError: a file cannot be copied.
-    """
-    companions = list_companions(source, carried)
-    for relative in companions.copied:
-        try:
-            (destination / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, destination / relative)
-        except OSError as error:
-            raise OutputError(
-                f"{source / relative} cannot be copied to {destination} ({error.strerror}); check both"
-            ) from None
-    return companions
-
-
-def _reason_to_skip_directory(source: Path, path: Path) -> str | None:
-    if reason := _reason_by_name(f"{path.name}/"):
-        return reason
-    if path.is_symlink():
-        require_inside(source, path)
-        return "a link to a directory that is carried along by itself"
-    return None
-
-
-def _reason_to_skip_file(source: Path, path: Path, carried: Collection[str]) -> str | None:
-    if path.parent == source and (reason := dict(_REWRITTEN).get(path.name)):
-        return reason
-    wanted = path.parent == source and path.name in carried
-    if not wanted and (reason := _reason_by_name(path.name)):
-        return reason
-    real = require_inside(source, path)
-    if not real.is_file():
-        return "not a regular file"
-    return None if wanted else _reason_by_name(real.name)
-
-
-def _reason_by_name(name: str) -> str | None:
-    return next((reason for pattern, reason in _LEFT_BEHIND if fnmatchcase(name, pattern)), None)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol
+
+from typing_extensions import Self
 
 from gdagrow.errors import CheckpointError
+from gdagrow.formats.digests import file_stat
 from gdagrow.formats.safetensors_header import read_shard
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 
@@ -93,7 +96,7 @@ class WeightFiles:
                 "convert or remove it"
             )
         file = self._files[info.shard]
-        if _stat(file) != self._stats[info.shard]:
+        if file_stat(os.fstat(file)) != self._stats[info.shard]:
             raise self._changed(info.shard)
         if not info.shape:
             return RowsInFile(info, (), file, info.start)
@@ -124,7 +127,7 @@ class WeightFiles:
             self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
-        self._stats[shard] = _stat(self._files[shard])
+        self._stats[shard] = file_stat(os.fstat(self._files[shard]))
 
     def _require_same_headers(self) -> None:
         found: dict[str, TensorInfo] = {}
@@ -147,8 +150,3 @@ class WeightFiles:
             f"{self._header.directory / shard} changed while it was being read: its header, size or time is no longer "
             "what it was; let nothing write to the source, and start again"
         )
-
-
-def _stat(file: int) -> tuple[int, int, int]:
-    stat = os.fstat(file)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns

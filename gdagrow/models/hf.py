@@ -4,7 +4,13 @@ After `import gdagrow.models.hf`, `AutoModelForCausalLM.from_pretrained(director
 without remote code.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    told = "gdagrow.models.hf needs the transformers package: pip install 'gdagrow[hf]'"
+    raise ModuleNotFoundError(told, name=error.name) from None
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gdagrow.models.hf_config import MotifConfig

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ SCHEDULER_FILE: Final = "scheduler.pt"
 POWERS: Final[Mapping[str, int]] = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
 
 
-class Moments(StrEnum):
+class Moments(str, Enum):
     """What becomes of optimizer moments: `auto` carries those that the mirror rule grows exactly, and resets others."""
 
     auto = "auto"
@@ -31,11 +31,13 @@ class Moments(StrEnum):
     reset = "reset"
 
 
-class Schedule(StrEnum):
+class Schedule(str, Enum):
     """What becomes of a run's schedule: go on where it was, or begin the run's new one at step 0."""
 
     keep = "keep"
     restart = "restart"
+
+    __str__ = str.__str__  # as in StrEnum, which came with Python 3.11
 
 
 @dataclass(frozen=True)

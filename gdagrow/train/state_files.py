@@ -18,9 +18,9 @@ from gdagrow.errors import CheckpointError
 from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
+from gdagrow.formats.companions import copy_companions
 from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import copy_companions
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.small_file import read_small_file
 from gdagrow.formats.torch_file import load_plain, require_plain_pickle

@@ -86,7 +86,8 @@ class _Scratch(threading.local):
         size = prod(shape) * np.dtype(dtype).itemsize
         if use not in self._buffers or self._buffers[use].size < size:
             self._buffers[use] = np.empty(size, np.uint8)
-        return np.ndarray(shape, dtype, self._buffers[use])
+        view: NDArray[Any] = np.ndarray(shape, dtype, self._buffers[use])
+        return view
 
 
 scratch = _Scratch()
@@ -160,7 +161,8 @@ def _parts(grown: Bits, segments: tuple[Segment, ...]) -> Bits:
     if len(spacing) > 1:
         return np.stack([grown[:, s.new : s.new + s.length] for s in segments])
     shape, (row, item) = (len(segments), len(grown), segments[0].length), grown.strides
-    return np.ndarray(shape, grown.dtype, grown.data, segments[0].new * item, (spacing.pop() * item, row, item))
+    view: Bits = np.ndarray(shape, grown.dtype, grown.data, segments[0].new * item, (spacing.pop() * item, row, item))
+    return view
 
 
 def _located(apart: NDArray[np.float64], column: int, old_column: int) -> Iterator[Wrong]:

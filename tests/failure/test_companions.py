@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gdagrow.errors import CheckpointError, OutputError
-from gdagrow.formats.publish import Companions, SkippedFile, copy_companions, list_companions
+from gdagrow.formats.companions import Companions, SkippedFile, copy_companions, list_companions
 
 CARRIED = ["README.md", "tokenizer.json", "generation_config.json", "modeling_motif.py", "1_Pooling/config.json"]
 STATE = "training state of the source, wrong beside grown weights"

@@ -53,8 +53,8 @@ HOLD = """
 def test_the_target_appears_whole_with_everything_in_it(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with staged(target) as partial:
-        assert partial.parent == tmp_path
-        assert partial.name.startswith(".out.gdagrow-partial-")
+        assert partial.parent.parent == tmp_path
+        assert partial.parent.name.startswith(".out.gdagrow-partial-")
         (partial / "a").write_text("1")
         (partial / "deep").mkdir()
         (partial / "deep" / "b").write_text("2")
@@ -163,40 +163,44 @@ def test_a_disk_that_cannot_sync_publishes_nothing(tmp_path: Path, monkeypatch: 
 
 def test_a_killed_process_leaves_no_target_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    killed, alive = start(HOLD, target, Path("1")), start(HOLD, target, Path("2"))
+    killed = start(HOLD, target, Path("1"))
     assert killed.stdout
-    assert alive.stdout
-    stale, live = (Path(process.stdout.readline().strip()) for process in (killed, alive))  # type: ignore[union-attr]
+    stale = Path(killed.stdout.readline().strip()).parent
     other = tmp_path / ".out2.gdagrow-partial-abcdef"
     other.mkdir()
     killed.kill()
     killed.communicate()
-    assert sorted(os.listdir(tmp_path)) == sorted([stale.name, live.name, other.name])
+    assert sorted(os.listdir(tmp_path)) == sorted([stale.name, other.name])
     with staged(target) as partial:
-        assert sorted(os.listdir(tmp_path)) == sorted([live.name, other.name, partial.name])
-        assert (live / "from").read_text() == "2"
+        assert sorted(os.listdir(tmp_path)) == sorted([other.name, partial.parent.name])
         (partial / "from").write_text("3")
-    out, _ = alive.communicate("\n")
-    assert out == f"{target} exists and is not empty; remove it or choose another output\n"
     assert (target / "from").read_text() == "3"
     assert sorted(os.listdir(tmp_path)) == sorted(["out", other.name])
 
 
-def test_of_two_processes_one_wins(tmp_path: Path) -> None:
+def test_a_target_that_another_process_writes(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    processes = [start(HOLD, target, Path(str(i))) for i in range(2)]
-    for process in processes:
-        assert process.stdout
-        process.stdout.readline()
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
-    outputs = [process.communicate()[0] for process in processes]
-    assert sorted(outputs) == sorted(
-        ["published\n", f"{target} exists and is not empty; remove it or choose another output\n"]
+    alive = start(HOLD, target, Path("1"))
+    assert alive.stdout
+    place = Path(alive.stdout.readline().strip()).parent
+    assert refused(target) == (
+        f"{target} is being written by another process, in {place}; wait for it or choose another output"
     )
-    assert (target / "from").read_text() == str(outputs.index("published\n"))
+    with staged(tmp_path / "another"):
+        pass
+    assert alive.communicate("\n")[0] == "published\n"
+    assert (target / "from").read_text() == "1"
+
+
+def test_of_two_that_begin_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither has seen the other's directory yet."""
+    target = tmp_path / "out"
+    monkeypatch.setattr(publish, "_take_over", lambda *_: None)
+    with pytest.raises(OutputError, match="out exists and is not empty"), staged(target) as first:  # noqa: PT012
+        (first / "from").write_text("first")
+        with staged(target) as second:
+            (second / "from").write_text("second")
+    assert (target / "from").read_text() == "second"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -241,15 +245,15 @@ def test_a_directory_taken_for_stale_before_its_lock_is_held_is_made_anew(
 ) -> None:
     real, made = Path.mkdir, []
 
-    def mkdir(self: Path) -> None:
-        real(self)
+    def mkdir(self: Path, exist_ok: bool = False) -> None:
+        real(self, exist_ok=exist_ok)
         made.append(self)
         if len(made) == 1:
             self.rmdir()  # as another process that cleans up does
 
     monkeypatch.setattr(publish.Path, "mkdir", mkdir)
     with staged(tmp_path / "out") as partial:
-        assert made[1:] == [partial]
+        assert made[1:] == [partial.parent, partial]
 
 
 def test_free_space(tmp_path: Path) -> None:

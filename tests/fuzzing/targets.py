@@ -46,7 +46,7 @@ from tests.made_results import growth_results
 from tests.trainings import recipe as training
 
 # One input in so many goes through what takes longer: a growth that is carried out, a command that prints.
-THOROUGH: Final = 25
+THOROUGH: Final = 50
 
 Read = Callable[[int], None]
 
@@ -262,7 +262,7 @@ def _optimizer(directory: Path) -> tuple[Path, list[bytes], Read]:
 
     def read(number: int) -> None:
         read_optimizer(header)
-        if number % 5 == 0:
+        if number % 10 == 0:
             prepare_growth(model, _GROW, moments="carry" if number % 2 else "reset")
 
     return path, [path.read_bytes()], read
@@ -332,7 +332,7 @@ def _values(directory: Path) -> tuple[Path, list[bytes], Read]:
 
     def read(number: int) -> None:
         read_state(model)
-        if number % 5 == 0:
+        if number % 10 == 0:
             prepare_growth(model, _GROW)
 
     return path, [path.read_bytes()], read

@@ -129,8 +129,9 @@ class Grower:
             rows = reader.rows(job.tensor.source, job.start, job.stop)
         # A sum takes a hundredth of what looking at each value does, and is not finite if any of them is not.
         if not job.copy and not rows.sum().isfinite():
+            found = rows.numel() - int(rows.isfinite().sum())  # none where finite values add up to more than may be
             with self._counting:
-                self._not_finite[job.tensor.name] += rows.numel() - int(rows.isfinite().sum())
+                self._not_finite += Counter({job.tensor.name: found})
         return rows
 
 

@@ -14,6 +14,7 @@ from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import DcpMetadata, StoredTensor, read_metadata
 from gdagrow.formats.dcp_names import DcpNames, name_keys, renamed_path
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.small_file import read_small_file
 from gdagrow.formats.strict_json import parse_object
 from gdagrow.header import Header, TensorInfo
 
@@ -109,10 +110,7 @@ def read_config(directory: Path, config: Path | None) -> dict[str, Any]:
         CheckpointError: there is none, or it is no JSON object.
     """
     path = config_file(directory, config)
-    try:
-        return parse_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
+    return parse_object(read_small_file(path), str(path))
 
 
 def config_file(directory: Path, config: Path | None) -> Path:

@@ -96,7 +96,8 @@ def _identity(output: Output, files: SourceFiles, record: Mapping[str, Any]) -> 
     layouts = [(file.file, file.tensors, file.literals) for file in output.layouts]
     return {
         "the versions in use": _digest_of(record["versions"]),
-        "the source": _digest_of(files.stats),
+        # Not by the times of its inodes: it may have been copied to another disk since.
+        "the source": _digest_of([(name, stat.num_bytes, stat.modified) for name, stat in files.stats.items()]),
         "the recipe": _digest_of(record["recipe"]),
         "the files to write": _digest_of([record, layouts]),
     }

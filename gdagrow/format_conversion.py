@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from gdagrow.archs import Architecture, architecture_of
+from gdagrow.choices import Format
 from gdagrow.dcp import CONFIG, DcpHeader, config_file, read_dcp
 from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, OutputError
@@ -17,7 +18,7 @@ from gdagrow.formats.dcp_layout import plan_dcp
 from gdagrow.formats.dcp_metadata import METADATA_FILE
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
-from gdagrow.formats.kind import Format, format_of, place_of_weights
+from gdagrow.formats.kind import format_of, place_of_weights
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.publish import check_free_space, require_all, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header

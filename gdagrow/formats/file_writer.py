@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 from typing_extensions import Self
 
 from gdagrow.errors import OutputError
@@ -96,7 +97,8 @@ class FileWriter:
         while rest:
             filled = self._written % BLOCK_BYTES
             count = min(len(rest), BLOCK_BYTES - filled)
-            self._blocks[0][filled : filled + count] = rest[:count]
+            # By numpy, which lets other threads go on meanwhile.
+            np.frombuffer(self._blocks[0], np.uint8)[filled : filled + count] = np.frombuffer(rest[:count], np.uint8)
             self._written += count
             rest = rest[count:]
             if self._written % BLOCK_BYTES == 0:

@@ -51,7 +51,7 @@ def metrics_lines(path: Path) -> list[dict[str, Any]]:
     for raw in path.read_bytes().splitlines():
         try:
             line = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             break  # cut short when the run was killed
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             break

@@ -5,6 +5,7 @@ import shutil
 import signal
 from pathlib import Path
 
+from gdagrow.formats.journal import num_finished
 from tests.checkpoints import listing
 from tests.faults.cases import TARGET, Case, require_readable
 from tests.faults.injector import Ended, Fault, Forker
@@ -20,10 +21,11 @@ class Trials:
         forker: Runs them.
         case: The command and its source.
         directory: Made here; holds the source and what the command makes.
+        more: Further words of the command line.
     """
 
-    def __init__(self, forker: Forker, case: Case, directory: Path) -> None:
-        self._forker, self._directory, self._words = forker, directory, case.words(directory)
+    def __init__(self, forker: Forker, case: Case, directory: Path, *more: str) -> None:
+        self._forker, self._directory, self._words = forker, directory, (*case.words(directory), *more)
         self._planned = case.command == "expand"
         self.source, self.target = directory / "source", directory / TARGET
         directory.mkdir()
@@ -41,9 +43,10 @@ class Trials:
         """Run the command with a fault."""
         return self._forker.run(self._directory, *self._words, fault=fault, planned=self._planned, **how)
 
-    def pause(self, at: int) -> int:
+    def pause(self, at: int, *, clear: bool = True) -> int:
         """Start the command and stop it before a call; its process number."""
-        self.clear()
+        if clear:
+            self.clear()
         child = self._forker.pause(self._directory, *self._words, at=at, planned=self._planned)
         assert child, f"call {at} never came"
         return child
@@ -96,12 +99,21 @@ class Trials:
         assert (ended.code, ended.err) == (0, ""), (at, ended)
         assert self.found("short") == WHOLE
 
-    def succeeds(self) -> None:
+    def resumed(self) -> int:
+        """With `--resume`, a run that nothing disturbs makes the target; how many files it found finished and kept."""
+        finished = sum(num_finished(self._directory / name) for name in self.left())
+        opened = {call.rpartition("/")[2] for call in self.succeeds().calls if call.startswith("open")}
+        made = [name for name in opened if name.endswith(".safetensors")]
+        assert len(made) == len([name for name in self._whole if name.endswith(".safetensors")]) - finished
+        return finished
+
+    def succeeds(self) -> Ended:
         """A run that nothing disturbs makes the target, and leaves nothing of earlier ones."""
-        ended = self.run()
+        ended = self.run(Fault())
         assert (ended.code, ended.err) == (0, ""), ended
         assert self.left() == [], self.left()
         assert self.found("undisturbed") == WHOLE
+        return ended
 
     def clear(self) -> None:
         """Remove what killed runs left, which the next run would do first, with calls of its own."""

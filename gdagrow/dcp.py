@@ -14,6 +14,7 @@ from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import DcpMetadata, StoredTensor, read_metadata
 from gdagrow.formats.dcp_names import DcpNames, name_keys, renamed_path
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.small_file import read_small_file
 from gdagrow.formats.strict_json import parse_object
 from gdagrow.header import Header, TensorInfo
 
@@ -53,7 +54,7 @@ class DcpHeader(Header):
     @property
     def shard_bytes(self) -> Mapping[str, int]:
         """Bytes of each of these files, by name."""
-        return {self.inside(file): num_bytes for file, (_, num_bytes, _) in sorted(self.dcp.files.items())}
+        return {self.inside(file): stat.num_bytes for file, stat in sorted(self.dcp.files.items())}
 
     def path(self, key: str, like: str, name: str, parameter: str) -> tuple[str | int, ...]:
         """The path in the nested state dict of a key that may be new.
@@ -109,10 +110,7 @@ def read_config(directory: Path, config: Path | None) -> dict[str, Any]:
         CheckpointError: there is none, or it is no JSON object.
     """
     path = config_file(directory, config)
-    try:
-        return parse_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
+    return parse_object(read_small_file(path), str(path))
 
 
 def config_file(directory: Path, config: Path | None) -> Path:

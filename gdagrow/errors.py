@@ -4,9 +4,22 @@ Every error that a user can cause is a `GdagrowError`: one sentence that says wh
 expected, what was found, and what to do next. Commands print it without a traceback and exit with code 2.
 """
 
+from typing import Final
+
+# A file can be wrong in a million places, and a value in it be a million characters long.
+_LONGEST: Final = 20_000
+_END: Final = 500  # with what to do
+
 
 class GdagrowError(ValueError):
-    """A mistake in what the user asked for or gave, told in one sentence."""
+    """A mistake in what the user asked for or gave, told in one sentence, an endless one cut in its middle."""
+
+    def __str__(self) -> str:
+        sentence = super().__str__()
+        if len(sentence) <= _LONGEST:
+            return sentence
+        left_out = len(sentence) - _LONGEST
+        return f"{sentence[: _LONGEST - _END]} ... ({left_out:,} characters are left out) ... {sentence[-_END:]}"
 
 
 class RecipeError(GdagrowError):

@@ -11,6 +11,9 @@ from gdagrow.errors import PlanError
 # Copies of one index: beyond any growth worth doing, within what the exact split of float64 can carry (9 spare bits).
 MAX_COPIES = 512
 
+# Query heads of a model, whose maps are made head by head.
+MAX_HEADS = 2**16
+
 # The paper's ratios decline beyond this many signal heads to a noise head.
 LARGEST_SUPPORTED_RATIO = 5
 
@@ -119,6 +122,11 @@ def grow_heads(
         assert isinstance(signal, Ratio), f"signal {signal} leaves nothing to choose"
         _require_few(signal, noise, max(map(max, copies)))
     after = Heads(heads.num_groups * noise, ratio, heads.num_kv_groups * kv)
+    if after.num_query_heads > MAX_HEADS:
+        raise PlanError(
+            f"signal x{signal} with noise x{noise}: {after.num_query_heads} query heads, expected at most {MAX_HEADS}; "
+            "choose smaller ones"
+        )
     if after.num_groups % after.num_kv_groups:
         fitting = [k for k in range(1, after.num_groups // heads.num_kv_groups + 1)
                    if after.num_groups % (k * heads.num_kv_groups) == 0]  # fmt: skip

@@ -7,15 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gdagrow.choices import DEFAULT_SNR_DB
 from gdagrow.depth import Placement, parse_placement
 from gdagrow.errors import RecipeError
 from gdagrow.heads import MAX_COPIES, Ratio
+from gdagrow.plain_yaml import read_yaml
 
 WIDTH_AXES = ("signal", "noise", "kv", "hidden", "ffn")
-
-# The default noise is 40 dB below the weights (1% of each, in amplitude): just above the grid of bf16 (0.4 to 0.8%),
-# the coarsest stored dtype, so copies part there too; enough to part all of them (tests/numerics/test_symmetry.py).
-DEFAULT_SNR_DB = 40.0
 
 _MAX_SIZE = 2**31 - 1
 
@@ -250,23 +248,3 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"recipe {path}: expected keys with values, such as 'signal: 2' for a growth, got {type(values).__name__}"
         )
     return values
-
-
-def read_yaml(path: Path, origin: str) -> Any:
-    """Read a YAML 1.2 file of plain values, in which `4:1` is text and a key stands once.
-
-    Raises:
-        RecipeError: the file cannot be read or is not YAML; begins with `origin`.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        with path.open(encoding="utf-8") as file:
-            return YAML(typ="safe", pure=True).load(file)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"{origin}: cannot be read: {reason}") from None
-    except (YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split()[:40])
-        raise RecipeError(f"{origin}: not YAML: {reason}") from None

@@ -1,6 +1,7 @@
 """`growth.json`: what a grown checkpoint says of how it came about, complete enough to repeat and to undo it."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from gdagrow.axes import IndexMap
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.digests import FileDigest
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.small_file import read_small_file
+from gdagrow.formats.strict_json import parse_object
 from gdagrow.plan import GrowthPlan
 from gdagrow.rows import told_by_row
 
@@ -80,8 +83,8 @@ def read_record(directory: Path) -> list[Any]:
     Raises:
         CheckpointError: there is a `growth.json` that cannot be read.
     """
-    path = require_inside(directory, directory / RECORD_FILE)
-    return read_record_file(path) if path.exists() else []
+    path = directory / RECORD_FILE
+    return read_record_file(require_inside(directory, path)) if os.path.lexists(path) else []
 
 
 def read_record_file(path: Path) -> list[Any]:
@@ -90,14 +93,13 @@ def read_record_file(path: Path) -> list[Any]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    try:
-        record = json.loads(path.read_bytes())
-        earlier = record.pop("history")
-        return [*earlier, record]
-    except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
+    record = parse_object(read_small_file(path), str(path))
+    earlier = record.pop("history", None)
+    if not isinstance(earlier, list) or not all(isinstance(growth, dict) for growth in earlier):
         raise CheckpointError(
             f"{path}: expected the record of an earlier growth, got something else; restore or remove the file"
-        ) from None
+        )
+    return [*earlier, record]
 
 
 def growths_of(checkpoint: Path) -> list[dict[str, Any]]:
@@ -121,7 +123,7 @@ def _in_short(checkpoint: Path, record: Any) -> dict[str, Any]:
             "noise": noise and {"snr_db": float(noise["snr_db"]), "seed": int(noise["seed"])},
             "gdagrow": record["versions"]["gdagrow"],
         }  # fmt: skip
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise CheckpointError(
             f"{checkpoint / RECORD_FILE}: expected the record of a growth, got something else; restore or remove it"
         ) from None

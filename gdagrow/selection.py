@@ -13,7 +13,8 @@ from gdagrow.archs import Architecture, Sizes
 from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.header import Header
 from gdagrow.heads import HeadCopies, HeadGrowth, Heads, Ratio, first_copies, grow_heads
-from gdagrow.recipe import Recipe, read_yaml
+from gdagrow.plain_yaml import read_yaml
+from gdagrow.recipe import Recipe
 
 if TYPE_CHECKING:  # only `norm` reads weights
     from torch import Tensor

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from gdagrow.axes import Notation, parse
 from gdagrow.errors import CheckpointError
-from gdagrow.heads import Heads
+from gdagrow.heads import MAX_HEADS, Heads
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,18 @@ def in_model_order(table: tuple[Parameter, ...], num_layers: int) -> Iterator[tu
     yield from ((p, 0) for p in table[first:] if not p.is_layered)
 
 
+# What is made one by one before anything stored is compared with it: tensors of each layer, and heads.
+_AT_MOST: Final = {"num_hidden_layers": 10_000, "num_attention_heads": MAX_HEADS}
+
+
 def whole_number(config: Mapping[str, Any], key: str, problems: list[str], default: int | None = None) -> int:
     """Read a whole number of 1 or more; where it is none, say so in `problems` and go on with 1."""
-    value = config.get(key)
+    value, most = config.get(key), _AT_MOST.get(key, 2**31 - 1)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         problems.append(f"{key}: expected a whole number of 1 or more, got {value!r}")
+        return 1
+    if value > most:
+        problems.append(f"{key}: expected at most {most}, got {value}")
         return 1
     return value

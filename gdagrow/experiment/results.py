@@ -222,7 +222,7 @@ def _told(item: Any) -> str:
         return f"unknown key {where}"
     if item["type"] in ("missing", "missing_argument"):
         return f"{where} is missing"
-    found = json.dumps(item["input"])
+    found = json.dumps(item["input"], default=repr)
     return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {found if len(found) < 60 else found[:57] + '...'}"
 
 

@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from gdagrow.errors import CheckpointError
-from gdagrow.formats.digests import file_stat
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.pickle_tree import Global, Made, PickleRefusedError, parse, refused
+from gdagrow.formats.small_file import read_small_file
+from gdagrow.formats.watched import FileStat, file_stat
 from gdagrow.header import ITEM_BYTES
 
 METADATA_FILE: Final = ".metadata"
@@ -43,9 +44,7 @@ _ADMITTED: Final = frozenset(
     + [(module, name) for module in _PATHS for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")]
 )  # fmt: skip
 _MAX_INT: Final = 2**63 - 1
-
-
-FileStat = tuple[int, int, int]
+_MAX_BYTES: Final = 2**30  # of `.metadata`: some hundred for each chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +111,12 @@ def read_metadata(directory: Path) -> DcpMetadata:
             that are not there; chunks leave a gap or overlap.
     """
     path = require_inside(directory, directory / METADATA_FILE)
-    if not path.is_file():
+    if not os.path.isfile(path):
         ranks = sorted(path.name for path in directory.glob(f"__*{METADATA_FILE}"))
         why = f"it has {ranks[0]}, so each rank was saved by itself; save with collectives" if ranks else "give another"
         raise CheckpointError(f"{directory} is no distributed checkpoint: it has no file {METADATA_FILE}; {why}")
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
-    try:
-        return _metadata(directory, parse(raw, _ADMITTED))
+        return _metadata(directory, parse(read_small_file(path, _MAX_BYTES), _ADMITTED))
     except PickleRefusedError as error:
         raise refused(path, error) from None
     except _MalformedError as error:
@@ -251,11 +246,13 @@ def _files(directory: Path, blobs: Mapping[tuple[str, Any], Blob]) -> dict[str, 
         path = require_inside(directory, directory / file)
         if path.suffix == ".safetensors":
             raise _MalformedError(f"{file} holds safetensors inside DCP, which is not read; give the model's directory")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise _MalformedError(f"there is no file {file}, where it says that {key!r} is")
         files[file] = file_stat(path.stat())
-        if end > files[file][1]:
-            raise _MalformedError(f"{file} is truncated: {key!r} ends at byte {end}, and it has {files[file][1]}")
+        if end > files[file].num_bytes:
+            raise _MalformedError(
+                f"{file} is truncated: {key!r} ends at byte {end}, and it has {files[file].num_bytes}"
+            )
     return files
 
 

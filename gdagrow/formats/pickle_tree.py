@@ -26,7 +26,7 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Made:
-    """What the pickle would have made by calling `function` with `args` and then giving it `state`."""
+    """What the pickle would have made by calling `function` with `args` and then giving it `state`, or items."""
 
     function: Global
     args: tuple[Any, ...]
@@ -38,6 +38,9 @@ class Persistent:
     """What the pickle leaves to its reader, by an id: in torch's files a storage."""
 
     id: Any
+
+
+_ORDERED: Final = Global("collections", "OrderedDict")
 
 
 class PickleRefusedError(ValueError):
@@ -151,6 +154,10 @@ class _Machine:
 
     def set_items(self, items: list[Any]) -> None:
         values = self._stack[-1]
+        if type(values) is Made and values.function == _ORDERED and values.state is None:
+            values.state = {}
+        if type(values) is Made and values.function == _ORDERED:
+            values = values.state
         if type(values) is not dict or len(items) % 2:
             raise TypeError("items for no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):

@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.small_file import MAX_BYTES, read_small_file
 from gdagrow.formats.strict_json import parse_object
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES: Final = MAX_BYTES  # the format's own limit
 _MAX_INT: Final = 2**63 - 1
 _ENTRY_KEYS: Final = {"dtype", "shape", "data_offsets"}
 
@@ -212,11 +213,4 @@ def _regular_file(directory: Path, name: str) -> Path:
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
     path = _regular_file(directory, name)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_HEADER_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
-    if len(raw) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: expected at most {MAX_HEADER_BYTES} bytes of JSON; restore the file")
-    return parse_object(raw, str(path))
+    return parse_object(read_small_file(path), str(path))

@@ -6,25 +6,37 @@ holes, and what stands between the holes becomes the literals of a `FileLayout`,
 be written as a stream. The checksums of its records stay zero, which torch does not look at.
 """
 
+import io
+import os
+import struct
 import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
 
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
+from gdagrow.formats.pickle_tree import PickleRefusedError, parse, refused
 from gdagrow.formats.safetensors_reader import TensorReader
 from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.formats.weight_files import FLOATING
 from gdagrow.header import Header, TensorInfo
 
 _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
+# A bool is an int; dicts, lists and tuples hold them.
+_PLAIN: Final = (Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+_MAX_PICKLE: Final = 100_000_000  # bytes; some hundred for each tensor
+_MAX_VALUES: Final = 2_000_000
+_MAX_DEPTH: Final = 100
+_MAX_SMALL: Final = 2**16  # bytes of a tensor that is no moment: a step count, a learning rate
+_LOCAL_HEADER: Final = struct.Struct("<26x2H")
 
 
 def read_torch_file(path: Path) -> Any:
@@ -36,24 +48,83 @@ def read_torch_file(path: Path) -> Any:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    _require_plain_zip(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path} is not a regular file; restore it")
     try:
-        with FakeTensorMode():
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, FakeTensorMode():
+            tree = _load(file, str(path))
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
+    return map_leaves(tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf)
+
+
+def load_plain(octets: bytes, where: str) -> Any:
+    """Load what `torch.save` wrote of tensors and plain values, whole; `where` names it in errors.
+
+    Raises:
+        CheckpointError: as for `read_torch_file`.
+    """
+    return _load(io.BytesIO(octets), where)
+
+
+def require_plain_pickle(file: BinaryIO, where: str) -> None:
+    """Refuse what torch itself should not be shown, which `weights_only` is not enough for.
+
+    Tuples nested deep enough end the process when torch hashes them as a key, without an exception.
+
+    Raises:
+        CheckpointError: it is no file in torch's zip format, or its pickle holds more than plain data.
+    """
+    try:
+        parse(_pickle_of_plain_zip(file, where), _Anything())
+    except PickleRefusedError as error:
+        raise refused(where, error) from None
+    file.seek(0)
+
+
+def _load(file: BinaryIO, where: str) -> Any:
+    """Load a file, or refuse it before or after torch sees it; nothing in it is run."""
+    require_plain_pickle(file, where)
+    try:
+        tree = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise CheckpointError(
-            f"{path} asks for more than tensors and plain values ({_first_reason(error)}); it was not run: save the "
+            f"{where} asks for more than tensors and plain values ({_first_reason(error)}); it was not run: save the "
             "state as torch's own optimizers do"
         ) from None
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged ({_first_line(error)}); restore the file") from None
-    size = path.stat().st_size
-    try:
-        return map_leaves(
-            tree, lambda name, leaf: _located(path, name, leaf, size) if isinstance(leaf, Tensor) else leaf
-        )
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply, or in itself; restore the file") from None
+        raise CheckpointError(f"{where} is damaged ({_first_line(error)}); restore the file") from None
+    _require_plain_tree(tree, where)
+    return tree
+
+
+class _Anything(frozenset[tuple[str, str]]):
+    """Admits every name: torch itself says which are too much, in words that its users know."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def _require_plain_tree(tree: Any, where: str) -> None:
+    """Refuse what cannot be walked: a tree in itself, too deep, or of a few nodes that stand in billions of places."""
+    level, count = [tree], 0
+    for _ in range(_MAX_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, dict | list | tuple):
+                below += node.values() if isinstance(node, dict) else node
+            elif not isinstance(node, _PLAIN):
+                raise CheckpointError(
+                    f"{where} holds a {type(node).__name__}, expected tensors and plain values; save the state as "
+                    "torch's own optimizers do"
+                )
+            if count + len(below) > _MAX_VALUES:
+                raise CheckpointError(f"{where} holds more than {_MAX_VALUES:,} values; restore the file")
+        count, level = count + len(below), below
+        if not level:
+            return
+    raise CheckpointError(f"{where} is nested too deeply, or in itself; restore the file")
 
 
 class TorchFileHeader(Header):
@@ -125,7 +196,16 @@ def _octets(tensor: Tensor) -> bytes:
 
 
 def read_small(path: Path, info: TensorInfo) -> Tensor:
-    """Read a whole tensor that `read_torch_file` found, such as a step count."""
+    """Read a whole tensor that `read_torch_file` found, such as a step count.
+
+    Raises:
+        CheckpointError: it is no small one.
+    """
+    if info.stop - info.start > _MAX_SMALL:
+        raise CheckpointError(
+            f"{path}: tensor {info.name} has {info.num_elements:,} elements, where a number or a few are expected; "
+            "restore the file"
+        )
     with path.open("rb") as file:
         file.seek(info.start)
         octets = bytearray(file.read(info.stop - info.start))
@@ -174,38 +254,58 @@ def _offset(tensor: Tensor) -> int:
 
 def _located(path: Path, name: str, tensor: Tensor, file_bytes: int) -> TensorInfo:
     code = _CODES.get(tensor.dtype)
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{path}: tensor {name}: expected one that is strided and stored, got {tensor.layout} on "
+            f"{tensor.device}; save a plain copy"
+        )
     if code is None or not tensor.is_contiguous():
         raise CheckpointError(
             f"{path}: tensor {name}: expected a dtype of {', '.join(DTYPES)} and elements in order, got {tensor.dtype} "
             f"with strides {list(tensor.stride())}; save a contiguous copy"
         )
     start = _offset(tensor)
-    stop = start + tensor.nbytes
+    # Not by `nbytes`, whose 64 bits a shape may overflow.
+    stop = start + prod(tensor.shape) * tensor.itemsize
     if stop > file_bytes:
         raise CheckpointError(f"{path}: tensor {name} ends beyond the file; restore the file")
     return TensorInfo(name, code, tuple(tensor.shape), path.name, start, stop)
 
 
-def _require_plain_zip(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file; restore it")
+def _pickle_of_plain_zip(file: BinaryIO, where: str) -> bytes:
+    """The pickle in a zip whose records are stored as they are, read without allocating what a header claims."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise CheckpointError(f"{path} is compressed, which torch never does; load and save it once with torch")
-            order = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{where} is compressed, which torch never does; load and save it once with torch"
+                )
+            order = [_record(file, record) for record in records if record.filename.endswith("/byteorder")]
+            pickles = [record for record in records if record.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE:
+                raise ValueError(f"expected one pickle of at most {_MAX_PICKLE:,} bytes")
+            pickled = _record(file, pickles[0])
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
         raise CheckpointError(
-            f"{path} is not a file in torch's zip format ({_first_line(error)}); restore it, or load and save it once "
+            f"{where} is not a file in torch's zip format ({_first_line(error)}); restore it, or load and save it once "
             "with a current torch"
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
     if any(octets != b"little" for octets in order):
         raise CheckpointError(
-            f"{path} was written on a big-endian machine; load and save it once on a little-endian one"
+            f"{where} was written on a big-endian machine; load and save it once on a little-endian one"
         )
+    return pickled
+
+
+def _record(file: BinaryIO, record: zipfile.ZipInfo) -> bytes:
+    """A small record's bytes, whose checksum torch does not look at either."""
+    file.seek(record.header_offset)
+    name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    file.seek(name + extra, os.SEEK_CUR)
+    return file.read(min(record.file_size, _MAX_PICKLE))
 
 
 def _first_reason(error: Exception) -> str:

@@ -1,11 +1,11 @@
 """Training curves, from what trainers leave beside a run: `trainer_state.json`, or `metrics.jsonl`."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from sys import float_info
 from typing import Any, Final
 
 from gdagrow.errors import ReportError
@@ -62,8 +62,7 @@ def read_run(directory: Path) -> TrainingRun:
     try:
         for step, metrics in readers[file](directory / file):
             for metric, value in metrics.items():
-                if math.isfinite(value):
-                    points.setdefault(metric, _Thinned()).add(step, value)
+                points.setdefault(metric, _Thinned()).add(step, value)
     except OSError as error:
         raise ReportError(f"{directory / file} cannot be read ({error.strerror}); give another run") from None
     if "loss" not in points:
@@ -137,4 +136,5 @@ def _parsed(line: bytes) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number, and one that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max

@@ -1,15 +1,13 @@
 """A torch distributed checkpoint and what a growth makes of it: weights and moments, tensor by tensor."""
 
-import io
-import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from gdagrow.axes import IndexMap
+from gdagrow.choices import Moments, Schedule
 from gdagrow.dcp import DcpHeader, read_beside
 from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, PlanError
@@ -17,6 +15,7 @@ from gdagrow.formats.dcp_layout import plan_dcp
 from gdagrow.formats.dcp_metadata import METADATA_FILE, is_dcp
 from gdagrow.formats.file_layout import TargetTensor
 from gdagrow.formats.kind import SHARDED_OPTIMIZER, SHARDED_WEIGHTS
+from gdagrow.formats.torch_file import load_plain
 from gdagrow.growth import TensorGrowth
 from gdagrow.header import Header, TensorInfo
 from gdagrow.output import WEIGHTS, GrownTensor, Output, grown_weights
@@ -24,9 +23,7 @@ from gdagrow.plan import GrowthPlan
 from gdagrow.rows import GROWABLE_DTYPES
 from gdagrow.states.moments import (
     POWERS,
-    Moments,
     ParameterMoments,
-    Schedule,
     moments_record,
     plan_moments,
     require_optimizer,
@@ -208,12 +205,9 @@ def _beta2(blobs: Mapping[str, bytes]) -> float | None:
     """How slowly Adam's second moments forget, from whichever value says it; read as tensors and plain values alone."""
     for key, octets in blobs.items():
         if "betas" in key or "param_groups" in key:
-            try:
-                value = torch.load(io.BytesIO(octets), weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
-                continue
-            if (betas := _betas_in(value)) is not None:
-                return float(betas[1])
+            with suppress(CheckpointError):
+                if (betas := _betas_in(load_plain(octets, key))) is not None:
+                    return float(betas[1])
     return None
 
 

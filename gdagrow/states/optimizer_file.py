@@ -84,7 +84,7 @@ def _require_optimizer(path: Path, tree: Any) -> None:
     try:
         numbers = [number for group in tree["param_groups"] for number in group["params"]]
         right = all(isinstance(kept, dict) for kept in tree["state"].values()) and tree["state"].keys() <= set(numbers)
-        right = right and len(set(numbers)) == len(numbers) > 0
+        right = right and len(set(numbers)) == len(numbers) > 0 and all(type(number) is int for number in numbers)
     except (TypeError, KeyError, AttributeError):
         right = False
     if not right:

@@ -11,8 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdagrow.choices import Moments, Schedule
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.small_file import read_small_file
 from gdagrow.formats.torch_file import (
     TorchFileHeader,
     lay_out_torch_file,
@@ -27,9 +29,7 @@ from gdagrow.states.moments import (
     OPTIMIZER_FILE,
     POWERS,
     SCHEDULER_FILE,
-    Moments,
     ParameterMoments,
-    Schedule,
     moments_record,
     plan_moments,
 )
@@ -249,8 +249,8 @@ def _hints(directory: Path, schedule: Schedule) -> Iterator[str]:
 def _trainer_state(directory: Path) -> dict[str, Any]:
     path = require_inside(directory, directory / STATE_FILE)
     try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        state = json.loads(read_small_file(path))  # with a loss of NaN, as the Trainer writes it
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got something else; restore the file")

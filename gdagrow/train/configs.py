@@ -10,6 +10,7 @@ from gdagrow.costs import checkpoint_figures
 from gdagrow.errors import TrainError
 from gdagrow.formats.kind import SHARDED_WEIGHTS
 from gdagrow.formats.safetensors_header import read_header
+from gdagrow.formats.small_file import read_small_file
 from gdagrow.formats.strict_json import parse_object
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 from gdagrow.train.recipe import ModelSource
@@ -62,7 +63,7 @@ def header_of_config(config: Mapping[str, Any]) -> Header:
 def config_in(state: Path) -> dict[str, Any]:
     """The `config.json` of a state of a run."""
     path = state / "config.json"
-    return parse_object(path.read_bytes(), str(path))
+    return parse_object(read_small_file(path), str(path))
 
 
 def _named(rows: list[Parameter], num_layers: int) -> Iterator[tuple[str, Parameter]]:

@@ -140,7 +140,7 @@ def open_tokens(source: DataSource, directory: Path, length: int, vocab: int) ->
         }
         train = Windows(parts["train"], length, vocab)
         held_out = Windows(parts["evaluation"], length, vocab) if parts["evaluation"] else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise TrainError(f"{directory} cannot be read ({error}); restore it, or start the run again") from None
     if source.held_out:
         cut = len(train) - max(1, round(len(train) * source.held_out))

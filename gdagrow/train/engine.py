@@ -20,6 +20,7 @@ from gdagrow.train.recipe import TrainRecipe
 from gdagrow.train.run_directory import checkpoint_name, keep_last, publish, saving_directory, writing
 from gdagrow.train.schedule import learning_rate_factor
 from gdagrow.train.sharded import load_sharded, load_whole_optimizer
+from gdagrow.train.state_files import refusing_what_is_not_plain
 
 # What the Trainer calls them; it knows no Muon.
 _OPTIMIZERS: Final = {"adamw": "adamw_torch", "sgd": "sgd", "muon": "adamw_torch"}
@@ -152,13 +153,19 @@ class RunTrainer(Trainer):
         if checkpoint is None:
             return
         state, scheduler = Path(checkpoint), self.create_scheduler(0)
-        if is_sharded(state) == self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            load = load_sharded if is_sharded(state) else load_whole_optimizer
-            load(state, self._trained, self._optimizer)
-            scheduler.load_state_dict(torch.load(state / "scheduler.pt", weights_only=True))
+        with refusing_what_is_not_plain(state, "scheduler.pt"):
+            if is_sharded(state) == self.is_fsdp_enabled:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            else:
+                load = load_sharded if is_sharded(state) else load_whole_optimizer
+                load(state, self._trained, self._optimizer)
+                scheduler.load_state_dict(torch.load(state / "scheduler.pt", weights_only=True))
         self._follow_recipe(scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with refusing_what_is_not_plain(Path(checkpoint), "rng_state.pth"):
+                super()._load_rng_state(checkpoint)
 
     def _follow_recipe(self, scheduler: LambdaLR) -> None:
         """Undo what a state says of the settings: the recipe says it, and a user may have changed it meanwhile."""

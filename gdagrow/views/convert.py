@@ -101,7 +101,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     """The base of RoPE, where `transformers` 5 or one before it writes it."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     known = isinstance(scaling, Mapping) and scaling.keys() <= {"rope_theta", "rope_type", "type"}
-    if not known or not {scaling.get("rope_type"), scaling.get("type")} <= {None, "default"}:
+    if not known or any(scaling.get(key) not in (None, "default") for key in ("rope_type", "type")):
         raise CheckpointError(
             f"config.json: RoPE is {scaling!r}, expected rope_type default with a rope_theta, which is all that "
             "Motif's layout has; such a checkpoint can be grown as it is, but neither converted nor run"

@@ -183,7 +183,7 @@ def test_an_own_record_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_checkpoint(tmp_path / "model")
     for content in ("[]", "{}", '{"history": []}', '{"history": [3], "noise": {"seed": "x"}}'):
         (tmp_path / "model" / "growth.json").write_text(content)
-        require_refusal(capsys, tmp_path, "growth.json: expected the record of a", "inspect", tmp_path / "model")
+        require_refusal(capsys, tmp_path, "growth.json: expected ", "inspect", tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_yes_is_no_factor(tmp_path: Path) -> None:
         (b"signal: 2\nsignal: 3\n", "not YAML: while constructing a mapping"),
         (b"!!python/object:os.system {}", "not YAML: could not determine a constructor for the tag"),
         (b"signal: 2\n---\nsignal: 3\n", "not YAML: expected a single document in the stream"),
-        (b"[" * 2000, "not YAML: maximum recursion depth exceeded"),
+        (b"[" * 2000, "not YAML: nested more than 100 levels deep"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, complaint: str) -> None:

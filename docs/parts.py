@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 # From the ground up: what a band is for, and its modules in the order in which they may import one another.
 BANDS: Final[tuple[tuple[str, str], ...]] = (
-    ("Ground: errors, words to choose from, plain files, headers", "errors choices plain_yaml header"),
+    ("Ground: errors, and what a checkpoint says before it is read", "errors choices plain_yaml header"),
     ("One idea: index maps on named axes, and one engine", "axes coordinates heads depth growth split fresh engine"),
     ("What is asked for, and of which architecture", "recipe archs lambda_init views rows"),
     ("Formats: how checkpoints lie on the disk", "formats dcp dcp_tensors checkpoint reading row_files"),

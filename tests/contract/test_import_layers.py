@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).parents[2] / "gdagrow"
 
 # From the ground up. A package counts as one; its own modules may import one another.
 ORDER = (
-    "errors", "choices", "plain_yaml", "header", "axes", "coordinates", "heads", "depth", "growth", "split", "fresh", "engine",
-    "recipe", "archs", "lambda_init", "views", "rows", "formats", "dcp", "dcp_tensors", "checkpoint", "reading",
-    "row_files", "selection", "asked", "plan", "hints", "record", "units", "layout", "costs", "targets", "output",
-    "streaming", "states", "expand", "growing", "format_conversion", "models", "export", "verify", "report",
+    "errors", "choices", "plain_yaml", "header", "axes", "coordinates", "heads", "depth", "growth", "split", "fresh",
+    "engine", "recipe", "archs", "lambda_init", "views", "rows", "formats", "dcp", "dcp_tensors", "checkpoint",
+    "reading", "row_files", "selection", "asked", "plan", "hints", "record", "units", "layout", "costs", "targets",
+    "output", "streaming", "states", "expand", "growing", "format_conversion", "models", "export", "verify", "report",
     "train", "experiment",
 )  # fmt: skip
 # Stricter than the order: these stand beside the growth of tensors and know nothing of it.

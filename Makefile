@@ -4,6 +4,7 @@ VENV ?= .venv
 # On a GPU machine, or to take another build of torch:  make TORCH=torch
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+SITE ?= site
 DEMO_SECONDS ?= 75
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
@@ -24,6 +25,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 demo: $(VENV)/.installed
 	@rm -rf $(DEMO)
 	OMP_NUM_THREADS=2 $(BIN)/python -m gdagrow.train.demo $(DEMO)/source --seconds $(DEMO_SECONDS)
@@ -42,8 +47,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.installed-docs
 	$(BIN)/python -m typer gdagrow_cli.main utils docs --name gdagrow --output docs/cli.md
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs $(SITE)
+	@echo "open $(SITE)/index.html"
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) $(SITE)

@@ -19,12 +19,13 @@ _VOCAB = 32000
 _LAYER_ELEMENTS_PER_HIDDEN_SQUARED = 15.5  # q 1, k 0.5, v 0.5, o 1.5, three FFN matrices of 4
 
 
-def write_source(directory: Path, *, gigabytes: float, dtype: str) -> int:
+def write_source(directory: Path, *, gigabytes: float, dtype: str, max_shard_bytes: int = 10**15) -> int:
     """Write a checkpoint of about `gigabytes`, of hidden size 2048 unless it is small; returns its weights' bytes."""
     hidden, item = 2048 if gigabytes >= 0.3 else 512, DTYPES[dtype][1].itemsize
     layer = _LAYER_ELEMENTS_PER_HIDDEN_SQUARED * hidden**2 * item
     num_layers = max(1, round((gigabytes * 1e9 - 2 * _VOCAB * hidden * item) / layer))
-    return write_checkpoint(directory, gda_config(num_layers=num_layers, hidden=hidden), dtype=dtype)
+    config = gda_config(num_layers=num_layers, hidden=hidden)
+    return write_checkpoint(directory, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def gda_config(*, num_layers: int, hidden: int) -> dict[str, Any]:

@@ -17,14 +17,13 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+from cases import Case, Settings
 from checkpoint import shapes_of, write_checkpoint
 from processes import GDAGROW, Run, timed
 
@@ -68,6 +67,22 @@ def main() -> None:
     print(json.dumps({"scale": options.scale, **figures, "missed": missed}))
     if missed:
         raise SystemExit("; ".join(missed))
+
+
+def benchmark(settings: Settings) -> Iterator[Case]:
+    """The same as one case, at full size or a tenth."""
+    source, target = (scaled(config, 0.1 if settings.quick else 1) for config in (SOURCE, TARGET))
+    require_room(settings.work, source, {**source, **target})
+    figures = report(settings.work, source, target)
+    if missed := list(broken_promises(figures)):
+        raise SystemExit("; ".join(missed))
+    keys = {"wall": "wall_seconds", "cpu": "cpu_seconds", "anonymous": "rss_anon_mib"}
+    steps = {step: {key: figures[found][step] for key, found in keys.items() if step in figures[found]}
+             for step in figures["wall_seconds"]}  # fmt: skip
+    facts = {key: value for key, value in figures.items() if key not in keys.values()}
+    yield Case("Motif-2.6B to Motif-2-12.7B", facts, [steps], 0.0)
+    for model in ("source", "grown"):
+        shutil.rmtree(settings.work / model)
 
 
 def scaled(config: Mapping[str, Any], scale: float) -> dict[str, Any]:

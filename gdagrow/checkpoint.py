@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from gdagrow.choices import Format
 from gdagrow.dcp import read_dcp
 from gdagrow.errors import CheckpointError
-from gdagrow.formats.kind import Format, format_of, place_of_weights
+from gdagrow.formats.kind import format_of, place_of_weights
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.header import Header
 

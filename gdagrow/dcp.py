@@ -54,7 +54,7 @@ class DcpHeader(Header):
     @property
     def shard_bytes(self) -> Mapping[str, int]:
         """Bytes of each of these files, by name."""
-        return {self.inside(file): num_bytes for file, (_, num_bytes, _) in sorted(self.dcp.files.items())}
+        return {self.inside(file): stat.num_bytes for file, stat in sorted(self.dcp.files.items())}
 
     def path(self, key: str, like: str, name: str, parameter: str) -> tuple[str | int, ...]:
         """The path in the nested state dict of a key that may be new.

@@ -47,9 +47,9 @@ def grow_rows(
         stop = min((block + 1) * size, first_row + source.shape[0])
         words = None
         if noise is not None and draws:
-            words = torch.empty((draws, size, columns.old_size), dtype=torch.int32)
-            words.random_(generator=noise.generator(name, block))
-            words = words[:, start - block * size : stop - block * size]
+            words = noise.words(name, block, (draws, size, columns.old_size))[
+                :, start - block * size : stop - block * size
+            ]
         at = slice(start - first_row, stop - first_row)
         _split_columns(columns, source[at], grown[at], words, noise.amplitude if noise else 0.0)
         start = stop

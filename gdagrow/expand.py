@@ -9,12 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from gdagrow.errors import OutputError
 from gdagrow.formats.companions import Companions, copy_companions, list_companions
 from gdagrow.formats.digests import FileDigest, SourceFiles, digest_file
 from gdagrow.formats.file_layout import FileLayout
 from gdagrow.formats.file_writer import FileWriter
 from gdagrow.formats.journal import Journal
-from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
+from gdagrow.formats.publish import check_free_space, make_directory, require_all, require_apart, staged, write_file
 from gdagrow.fresh import Fresh
 from gdagrow.output import Output
 from gdagrow.plan import GrowthPlan
@@ -89,6 +90,7 @@ def expand(
             write_file(partial / RECORD_FILE, record_text(record))
             for name, content in output.files.items():
                 write_file(partial / name, content)
+            require_all(partial, [*written, *companions.copied, "config.json", RECORD_FILE, *output.files])
     return Expansion(target, written, companions, tuple(finished), not_finite)
 
 
@@ -97,7 +99,8 @@ def _identity(output: Output, files: SourceFiles, record: Mapping[str, Any]) -> 
     layouts = [(file.file, file.tensors, file.literals) for file in output.layouts]
     return {
         "the versions in use": _digest_of(record["versions"]),
-        "the source": _digest_of(files.times),
+        # Not by the times of its inodes: it may have been copied to another disk since.
+        "the source": _digest_of([(name, stat.num_bytes, stat.modified) for name, stat in files.stats.items()]),
         "the recipe": _digest_of(record["recipe"]),
         "the files to write": _digest_of([record, layouts]),
     }
@@ -115,15 +118,22 @@ def _still_finished(
         path = directory / layout.file
         if layout.file not in told or not path.is_file() or path.stat().st_size != layout.file_bytes:
             continue
-        if digest_file(path, lambda _: None) == told[layout.file]:
+        try:
+            found = digest_file(path, lambda _: None)
+        except OSError:  # damaged as well
+            continue
+        if found == told[layout.file]:
             advance(layout.data_bytes)
-            yield layout.file, told[layout.file]
+            yield layout.file, found
 
 
 def _remove_all_but(directory: Path, finished: Mapping[str, FileDigest]) -> None:
     for path in directory.rglob("*"):
         if not path.is_dir() and path.relative_to(directory).as_posix() not in finished:
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise OutputError(f"{path} cannot be removed ({error.strerror}); check the disk") from None
 
 
 def _write_tensors(
@@ -144,7 +154,7 @@ def _write_tensors(
                 done += layout.data_bytes
                 continue
             path = directory / layout.file
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             with FileWriter(path, layout) as writer:
                 for chunk in grower.chunks(output.tensors[tensor.name] for tensor in layout.tensors):
                     writer.write(chunk)

@@ -13,8 +13,9 @@ from gdagrow.archs import trained_of
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.companions import copy_companions, list_companions
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
+from gdagrow.formats.publish import check_free_space, require_all, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE
+from gdagrow.formats.watched import WatchedFiles
 from gdagrow.header import Header
 from gdagrow.models.config import GdaConfig
 from gdagrow.record import RECORD_FILE
@@ -72,6 +73,7 @@ def export(header: Header, target: Path, *, with_code: bool, progress: Callable[
     require_apart(source, place)
     weights = {name: require_inside(source, source / name).stat().st_size for name in header.shards}
     described = [name for name in (INDEX_FILE, RECORD_FILE) if (source / name).exists()]
+    watched = WatchedFiles(source, ("config.json", *weights, *described))
     with staged(place) as partial:
         beside = sum((source / name).stat().st_size for name in list_companions(source).copied)
         check_free_space(place.parent, sum(weights.values()) + beside + _SPARE_BYTES)
@@ -86,6 +88,8 @@ def export(header: Header, target: Path, *, with_code: bool, progress: Callable[
             write_file(partial / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
             _copy(source, partial, "config.json", None)
+        require_all(partial, [*weights, *described, *companions.copied, *code, "config.json"])
+        watched.require_unchanged()
     left_behind = tuple(skip.path for skip in companions.skipped if skip.reason.startswith("training state"))
     others = tuple(sorted({*companions.copied, *described} - code.keys()))
     return Export(target, weights, tuple(code), others, left_behind)

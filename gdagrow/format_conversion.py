@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from gdagrow.archs import Architecture, architecture_of
+from gdagrow.choices import Format
 from gdagrow.dcp import CONFIG, DcpHeader, config_file, read_dcp
 from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, OutputError
@@ -17,11 +18,12 @@ from gdagrow.formats.dcp_layout import plan_dcp
 from gdagrow.formats.dcp_metadata import METADATA_FILE
 from gdagrow.formats.file_layout import FileLayout, TargetTensor
 from gdagrow.formats.file_writer import FileWriter, tensor_bytes
-from gdagrow.formats.kind import Format, format_of, place_of_weights
+from gdagrow.formats.kind import format_of, place_of_weights
 from gdagrow.formats.links import require_inside
-from gdagrow.formats.publish import check_free_space, require_apart, staged, write_file
+from gdagrow.formats.publish import check_free_space, require_all, require_apart, staged, write_file
 from gdagrow.formats.safetensors_header import INDEX_FILE, read_header
 from gdagrow.formats.safetensors_layout import index_json, plan_shards
+from gdagrow.formats.watched import WatchedFiles
 from gdagrow.header import Header
 from gdagrow.layout import CHUNK_BYTES
 from gdagrow.reading import RowReader, open_reader
@@ -122,6 +124,7 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
         require_apart(directory, place)
     companions = list_companions(beside)
     record = require_inside(beside, beside / RECORD_FILE)
+    watched = WatchedFiles(source, conversion.header.shards)
     with staged(place) as partial, open_reader(conversion.header) as reader:
         num_bytes = sum((beside / name).stat().st_size for name in companions.copied)
         num_bytes += sum(layout.file_bytes for layout in conversion.layouts)
@@ -134,6 +137,8 @@ def convert_format(conversion: Conversion, target: Path, *, progress: Progress |
             _write_tensors(reader, layout, conversion.tensors, partial, progress)
         for name, content in conversion.files.items():
             write_file(partial / name, content)
+        require_all(partial, [CONFIG, *companions.copied, *(f.file for f in conversion.layouts), *conversion.files])
+        watched.require_unchanged()
     own = {CONFIG, RECORD_FILE, INDEX_FILE, METADATA_FILE, *conversion.header.shards}
     # Nothing is grown here: of the reason, only what the file is.
     skipped = tuple(SkippedFile(skip.path, skip.reason.partition(",")[0])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gdagrow.growth import Fill, TensorGrowth, block_rows, fresh_of
-from gdagrow.split import words_of
+from gdagrow.split import random_words
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,9 @@ class Fresh:
             block = row // size
             end = min((block + 1) * size, stop)
             # Apart from the words of noise, and of the other columns of these rows.
-            generator = words_of(self.seed, f"fresh/{name}/{columns.start}", block)
-            words = torch.empty((size, width), dtype=torch.int32).random_(generator=generator)
-            drawn = words[row - block * size : end - block * size].double()
-            part = drawn.sub_(2.0**30).mul_(2.0**-30 * sqrt(3.0) * self.deviation)
+            words = random_words(self.seed, f"fresh/{name}/{columns.start}", block, (size, width))
+            part = words[row - block * size : end - block * size].double()
+            part.mul_(2.0**-31 * sqrt(3.0) * self.deviation)
             grown[row - first_row : end - first_row, columns] = part.to(grown.dtype)
             row = end
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdagrow.checkpoint import read_checkpoint
+from gdagrow.choices import Moments, Schedule
 from gdagrow.dcp import DcpHeader
 from gdagrow.errors import RecipeError
 from gdagrow.hints import hints_of
 from gdagrow.output import Output, weights_output
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import Recipe
-from gdagrow.states.moments import OPTIMIZER_FILE, Moments, Schedule, require_optimizer
+from gdagrow.states.moments import OPTIMIZER_FILE, require_optimizer
 from gdagrow.targets.like import with_derived_sizes
 
 if TYPE_CHECKING:  # torch is only needed to carry a growth out, and takes longer to import than most plans to make

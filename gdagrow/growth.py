@@ -8,7 +8,7 @@ from typing import Final
 from gdagrow.axes import AxisMaps, IndexMap, Notation, Segment, parse
 
 # Weights to a block: its random words, and every temporary of its arithmetic, stay in the cache of one core.
-BLOCK_WEIGHTS = 1 << 16
+BLOCK_WEIGHTS = 1 << 17
 
 
 class Fill(Enum):

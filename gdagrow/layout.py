@@ -1,6 +1,5 @@
 """What carrying out a growth takes: the files that it writes, and the memory that it works in."""
 
-import os
 import re
 from typing import Final
 
@@ -13,11 +12,9 @@ from gdagrow.header import ITEM_BYTES
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.views import View
 
-DEFAULT_MAX_SHARD_SIZE: Final = "5GB"
-
-CHUNK_BYTES: Final = 8 * 2**20  # of output; a few are in memory at a time, whatever the model
-LOOKAHEAD: Final = 3  # chunks being grown while one is written
-KEPT_CHUNKS: Final = 16  # chunks kept for further copies of their rows, as far as they reach
+CHUNK_BYTES: Final = 8 * 2**20  # of output
+NUM_CHUNKS: Final = 16  # in memory, whatever the model: kept, being grown or being written
+KEPT_CHUNKS: Final = 12  # of them kept for further copies of their rows; the others never wait for these
 
 # The most that the arithmetic of a split was seen to hold for each weight of a block, with up to 40 copies in every
 # dtype: some 20 numbers of 8 bytes, and with noise for each copy a random word and two numbers made of it.
@@ -48,31 +45,20 @@ def layout_of(plan: GrowthPlan, max_shard_bytes: int) -> tuple[FileLayout, ...]:
     return plan_shards(targets, max_shard_bytes, plan.header.metadata)
 
 
-def num_workers() -> int:
-    """Threads that grow chunks."""
-    return min(LOOKAHEAD, len(os.sched_getaffinity(0)))
-
-
 def peak_memory_bytes(plan: GrowthPlan) -> int:
     """About how much memory `expand` takes beside Python and torch: chunks, blocks being written, and scratch."""
-    chunks = (LOOKAHEAD + 1) * max(_chunk_bytes(tensor) for tensor in plan.tensors)
-    kept = max(_kept_bytes(tensor) for tensor in plan.tensors)
-    scratch = num_workers() * max(_scratch_bytes(tensor) for tensor in plan.tensors)
+    chunks = NUM_CHUNKS * max(_chunk_bytes(tensor) for tensor in plan.tensors)
+    chunks = min(chunks, sum(tensor.num_bytes for tensor in plan.tensors))
+    scratch = max(_scratch_bytes(tensor) for tensor in plan.tensors)
     if isinstance(plan.header, View):
         # Rows that lie in another order are copied together first.
-        scratch += num_workers() * max(_chunk_bytes(tensor) for tensor in plan.tensors)
-    return chunks + kept + NUM_BLOCKS * BLOCK_BYTES + scratch
+        scratch += max(_chunk_bytes(tensor) for tensor in plan.tensors)
+    return chunks + NUM_BLOCKS * BLOCK_BYTES + scratch
 
 
 def _chunk_bytes(tensor: TensorPlan) -> int:
     row_bytes = tensor.growth.columns.size * ITEM_BYTES[tensor.source.dtype]
     return max(CHUNK_BYTES, block_rows(tensor.growth) * row_bytes)
-
-
-def _kept_bytes(tensor: TensorPlan) -> int:
-    copied = sum(s.length for s in tensor.growth.rows.segments if s.copy == 0 and s.copies > 1)
-    row_bytes = tensor.growth.columns.size * ITEM_BYTES[tensor.source.dtype]
-    return min(copied * row_bytes, KEPT_CHUNKS * _chunk_bytes(tensor))
 
 
 def _scratch_bytes(tensor: TensorPlan) -> int:

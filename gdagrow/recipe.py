@@ -7,16 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gdagrow.choices import DEFAULT_SNR_DB
 from gdagrow.depth import Placement, parse_placement
 from gdagrow.errors import RecipeError
 from gdagrow.heads import MAX_COPIES, Ratio
 from gdagrow.plain_yaml import read_yaml
 
 WIDTH_AXES = ("signal", "noise", "kv", "hidden", "ffn")
-
-# The default noise is 40 dB below the weights (1% of each, in amplitude): just above the grid of bf16 (0.4 to 0.8%),
-# the coarsest stored dtype, so copies part there too; enough to part all of them (tests/numerics/test_symmetry.py).
-DEFAULT_SNR_DB = 40.0
 
 _MAX_SIZE = 2**31 - 1
 

@@ -1,12 +1,9 @@
-"""Grow tensors as a stream of bytes: chunk by chunk, in order, on worker threads and in a few buffers that go round."""
+"""Grow tensors as a stream of bytes: chunk by chunk, in order, on a thread and in a few buffers that go round."""
 
-import queue
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -16,7 +13,7 @@ from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.fresh import Fresh, fill_rows
 from gdagrow.growth import block_rows
-from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, LOOKAHEAD, num_workers
+from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, NUM_CHUNKS
 from gdagrow.output import GrownTensor
 from gdagrow.reading import RowReader
 from gdagrow.split import Noise
@@ -48,20 +45,18 @@ class Grower:
     def __init__(self, readers: Mapping[str, RowReader], noise: Noise | None, fresh: Fresh) -> None:
         """`readers`: see `GrownTensor.files`; `noise` is for those tensors that are `noisy`."""
         self._readers, self._noise, self._fresh = readers, noise, fresh
-        # Each worker is one thread; torch's own threads would only get in its way.
-        self._workers = ThreadPoolExecutor(num_workers(), "gdagrow-grow", torch.set_num_threads, (1,))
+        # One thread: torch's own would only get in its way, and two would wait for Python's lock at each of the many
+        # short steps of a split, which made them slower than one.
+        self._worker = ThreadPoolExecutor(1, "gdagrow-grow", torch.set_num_threads, (1,))
         # The buffer used last is used next: those that are never needed are never touched, and take no memory.
-        self._free: queue.LifoQueue[Tensor] = queue.LifoQueue()
-        for _ in range(LOOKAHEAD + 1 + KEPT_CHUNKS):
-            self._free.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8))
+        self._free = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(NUM_CHUNKS)]
         self._not_finite: Counter[str] = Counter()
-        self._counting = Lock()
 
     def __enter__(self) -> "Grower":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._workers.shutdown(cancel_futures=True)
+        self._worker.shutdown(cancel_futures=True)
 
     @property
     def not_finite(self) -> dict[str, int]:
@@ -80,9 +75,10 @@ class Grower:
         ahead: deque[tuple[_Job, Future[_Grown]]] = deque()
         kept: dict[tuple[str, int], Future[_Grown]] = {}  # by tensor and first row
         while True:
-            for job in islice(jobs, LOOKAHEAD - len(ahead)):
+            # While chunks are written that were kept, those behind them are grown.
+            while self._free and (job := next(jobs, None)):
                 key = job.tensor.name, job.start
-                grown = kept.get(key) or self._workers.submit(self._grow, job)
+                grown = kept.get(key) or self._worker.submit(self._grow, job, self._free.pop())
                 if job.again and len(kept) < KEPT_CHUNKS:
                     kept[key] = grown
                 ahead.append((job, grown))
@@ -91,15 +87,15 @@ class Grower:
             job, grown = ahead.popleft()
             chunk, buffer = grown.result()
             yield chunk
+            key = job.tensor.name, job.start
             if not job.again:
-                kept.pop((job.tensor.name, job.start), None)
-            if kept.get((job.tensor.name, job.start)) is not grown:
-                self._free.put(buffer)
+                kept.pop(key, None)
+            if kept.get(key) is not grown:
+                self._free.append(buffer)
 
-    def _grow(self, job: _Job) -> _Grown:
+    def _grow(self, job: _Job, buffer: Tensor) -> _Grown:
         tensor, num_rows = job.tensor, job.stop - job.start
         num_bytes = num_rows * tensor.row_bytes
-        buffer = self._free.get()
         if buffer.numel() < num_bytes:
             buffer = torch.empty(num_bytes, dtype=torch.uint8)
         grown = buffer[:num_bytes].view(DTYPES[tensor.dtype]).view(num_rows, -1)
@@ -127,11 +123,10 @@ class Grower:
             rows = reader.tensor(job.tensor.source).reshape(1, -1)
         else:
             rows = reader.rows(job.tensor.source, job.start, job.stop)
-        # A sum takes a hundredth of what looking at each value does, and is not finite if any of them is not.
+        # A sum takes a fortieth of what looking at each value does, and is not finite if any of them is not.
         if not job.copy and not rows.sum().isfinite():
             found = rows.numel() - int(rows.isfinite().sum())  # none where finite values add up to more than may be
-            with self._counting:
-                self._not_finite += Counter({job.tensor.name: found})
+            self._not_finite += Counter({job.tensor.name: found})
         return rows
 
 

@@ -35,9 +35,9 @@ class Chromium:
 
     command: str
 
-    def open(self, page: Path, profile: Path, *options: str) -> Seen:
+    def open(self, page: Path, profile: Path, *options: str, query: str = "") -> Seen:
         """Load a page with a new profile in directory `profile`."""
-        words = [self.command, *_ALWAYS, f"--user-data-dir={profile}", *options, page.as_uri()]
+        words = [self.command, *_ALWAYS, f"--user-data-dir={profile}", *options, page.as_uri() + query]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return Seen(done.stdout, tuple(re.findall(r"^\[.*?:CONSOLE.*?\] (.*)$", done.stderr, re.MULTILINE)))

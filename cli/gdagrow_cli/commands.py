@@ -1,15 +1,16 @@
-"""The commands that make something: what they take, and which view they hand it to."""
+"""The commands that make something: what they take, and which view they hand it to.
+
+What stands at the top here, and in all that `main` imports, is what parsing a command line needs: typer,
+`gdagrow.errors` and `gdagrow.choices`. A command imports what carries it out when it runs.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import gdagrow
-from gdagrow.formats.kind import Format
-from gdagrow.growing import prepare_growth
-from gdagrow.layout import DEFAULT_MAX_SHARD_SIZE, parse_size
-from gdagrow.recipe import Recipe, make_recipe
+from gdagrow.choices import DEFAULT_MAX_SHARD_SIZE, Format
 from gdagrow_cli.app import app
 from gdagrow_cli.growth_flags import takes_growth
 from gdagrow_cli.options import (
@@ -23,6 +24,9 @@ from gdagrow_cli.options import (
     Quiet,
     ScheduleOption,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from gdagrow.recipe import Recipe
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,7 +61,7 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 @takes_growth
 def plan(
     checkpoint: Checkpoint,
-    recipe: Recipe | None,
+    recipe: "Recipe | None",
     budget: Budget = None,
     compare: Compare = False,
     moments: MomentsOption = None,
@@ -73,6 +77,8 @@ def plan(
         require_alone(budget, compare, [name for name, given in others.items() if given is not None])
         show_comparison(checkpoint, budget or "", config, as_json=as_json)
         return
+    from gdagrow.growing import prepare_growth
+    from gdagrow.recipe import make_recipe
     from gdagrow_cli.plan_view import show_plan
 
     # No flag at all asks for no growth, which a recipe of nothing says.
@@ -84,7 +90,7 @@ def plan(
 @takes_growth
 def expand(
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    recipe: "Recipe | None",
     out: Annotated[
         Path | None,
         typer.Argument(metavar="OUT", help="The directory to make; by default CKPT-WHAT-WAS-DONE beside CKPT."),
@@ -109,11 +115,14 @@ def expand(
     quiet: Quiet = False,
 ) -> None:
     """Grow a checkpoint into a new directory, which appears whole or not at all."""
+    from gdagrow.growing import prepare_growth
+    from gdagrow.layout import parse_size
+    from gdagrow.recipe import make_recipe
     from gdagrow_cli.plan_view import show_plan
 
     growing = prepare_growth(
-        checkpoint, recipe, moments=moments, schedule=schedule, max_shard_bytes=parse_size(max_shard_size),
-        config=config,
+        checkpoint, recipe or make_recipe({}), moments=moments, schedule=schedule,
+        max_shard_bytes=parse_size(max_shard_size), config=config,
     )  # fmt: skip
     if dry_run:
         show_plan(growing, as_json=as_json, quiet=quiet)
@@ -150,6 +159,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Copy a model's weights between safetensors and a torch distributed checkpoint (DCP), bit for bit."""
+    from gdagrow.layout import parse_size
     from gdagrow_cli.convert_view import run_convert
 
     run_convert(source, out, to, config, prefix, parse_size(max_shard_size), as_json=as_json, quiet=quiet)

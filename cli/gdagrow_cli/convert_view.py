@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gdagrow.choices import Format
 from gdagrow.dcp import CONFIG
 from gdagrow.format_conversion import Conversion, Converted, convert_format, plan_conversion
-from gdagrow.formats.kind import Format
 from gdagrow.units import bytes_text
 from gdagrow_cli.byte_progress import byte_progress
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console

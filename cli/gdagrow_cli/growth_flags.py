@@ -4,13 +4,16 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from gdagrow.choices import DEFAULT_SNR_DB
 from gdagrow.errors import RecipeError
-from gdagrow.heads import Ratio
-from gdagrow.recipe import DEFAULT_SNR_DB, Recipe, make_recipe, parse_ratio, read_recipe
+
+if TYPE_CHECKING:
+    from gdagrow.heads import Ratio
+    from gdagrow.recipe import Recipe
 
 _GROWTH: Final = "Growth (--signal-x 2 may be written --signal-x2, and so for all)"
 _TARGET: Final = "A target instead"
@@ -89,20 +92,19 @@ def spread(argv: Sequence[str]) -> list[str]:
     return [_GLUED.sub(r"\1=\2", word) for word in argv[:end]] + list(argv[end:])
 
 
-def flags_of(recipe: Recipe) -> list[str]:
+def flags_of(recipe: "Recipe") -> list[str]:
     """The flags that make a recipe of whole factors and a depth."""
     asked = recipe.as_dict()
     return [form.format(asked.pop(field)) for field, form in _TYPED.items() if field in asked]
 
 
 def takes_growth(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the growth flags in place of its parameter `recipe`, which gets the `Recipe` that they make.
+    """Give a command the growth flags in place of its parameter `recipe`.
 
-    Where that parameter is a `Recipe | None`, it gets None if none of the flags was typed.
+    It gets the `Recipe` that they make, or None if none of them was typed.
     """
     own = list(inspect.signature(command).parameters.values())
     at = next(i for i, parameter in enumerate(own) if parameter.name == "recipe")
-    is_optional = own[at].annotation == Recipe | None
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in _FLAGS.items()
@@ -111,7 +113,7 @@ def takes_growth(command: Callable[..., None]) -> Callable[..., None]:
 
     def taking(**values: Any) -> None:
         typed = {name: values.pop(name) for name in _FLAGS}
-        is_absent = is_optional and all(value is None for value in typed.values())
+        is_absent = all(value is None for value in typed.values())
         command(recipe=None if is_absent else recipe_from(typed), **values)
 
     taking.__name__, taking.__doc__ = command.__name__, command.__doc__
@@ -120,12 +122,14 @@ def takes_growth(command: Callable[..., None]) -> Callable[..., None]:
     return taking
 
 
-def recipe_from(typed: Mapping[str, Any]) -> Recipe:
+def recipe_from(typed: Mapping[str, Any]) -> "Recipe":
     """Make a recipe of what was typed, over the fields of a recipe file if there is one.
 
     Raises:
         RecipeError: it is no growth, or the file is no recipe.
     """
+    from gdagrow.recipe import make_recipe, read_recipe
+
     file = typed["recipe_file"]
     values = read_recipe(Path(file)) if file is not None else {}
     given = {field: flag for field, flag in _FIELDS.items() if typed[field] not in (None, False)}
@@ -139,8 +143,10 @@ def recipe_from(typed: Mapping[str, Any]) -> Recipe:
     return make_recipe(values, "growth" if file is None else f"recipe {file}", given)
 
 
-def _signal(typed: Mapping[str, Any]) -> str | Ratio | None:
+def _signal(typed: Mapping[str, Any]) -> "str | Ratio | None":
     """What `--signal` or `--ratio` says, at most one of which may stand beside `--signal-x`."""
+    from gdagrow.recipe import parse_ratio
+
     flags: dict[str, str | None] = {
         "--signal": typed["signal_any"], "--ratio": typed["ratio"], "--signal-x": typed["signal"],
     }  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gdagrow.states.moments import Moments, Schedule
+from gdagrow.choices import Moments, Schedule
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A directory with config.json and safetensors weights.")

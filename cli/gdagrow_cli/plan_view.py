@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gdagrow.choices import Moments
 from gdagrow.costs import growth_figures
 from gdagrow.formats.companions import Companions, SkippedFile, list_companions
 from gdagrow.formats.safetensors_header import INDEX_FILE
@@ -16,7 +17,6 @@ from gdagrow.heads import HeadGrowth
 from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.record import RECORD_FILE, lineage
 from gdagrow.rows import told_by_row
-from gdagrow.states.moments import Moments
 from gdagrow.units import bytes_text
 from gdagrow.views import why_float64
 from gdagrow_cli.console import print_json, print_unbroken, printable, stdout_console

@@ -10,6 +10,7 @@ from typing import Final
 
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.watched import WatchedFiles
 
 # What of a source is not carried along, and why: pattern of a name, reason. A trailing slash means a directory.
 _REWRITTEN: Final = (("config.json", "rewritten"), ("growth.json", "rewritten"))  # at the top of the directory only
@@ -83,10 +84,11 @@ def copy_companions(source: Path, destination: Path, carried: Collection[str] = 
     """Copy the companion files of `source` into directory `destination`, links replaced by what they point to.
 
     Raises:
-        CheckpointError: as for `list_companions`, before anything is written.
+        CheckpointError: as for `list_companions`, before anything is written, or a file changes meanwhile.
         OutputError: a file cannot be copied.
     """
     companions = list_companions(source, carried)
+    watched = WatchedFiles(source, companions.copied)
     for relative in companions.copied:
         try:
             (destination / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,7 @@ def copy_companions(source: Path, destination: Path, carried: Collection[str] = 
             raise OutputError(
                 f"{source / relative} cannot be copied to {destination} ({error.strerror}); check both"
             ) from None
+    watched.require_unchanged()
     return companions
 
 

@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from gdagrow.errors import CheckpointError
-from gdagrow.formats.digests import file_stat
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.pickle_tree import Global, Made, PickleRefusedError, parse, refused
 from gdagrow.formats.small_file import read_small_file
+from gdagrow.formats.watched import FileStat, file_stat
 from gdagrow.header import ITEM_BYTES
 
 METADATA_FILE: Final = ".metadata"
@@ -45,9 +45,6 @@ _ADMITTED: Final = frozenset(
 )  # fmt: skip
 _MAX_INT: Final = 2**63 - 1
 _MAX_BYTES: Final = 2**30  # of `.metadata`: some hundred for each chunk
-
-
-FileStat = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +249,10 @@ def _files(directory: Path, blobs: Mapping[tuple[str, Any], Blob]) -> dict[str, 
         if not os.path.isfile(path):
             raise _MalformedError(f"there is no file {file}, where it says that {key!r} is")
         files[file] = file_stat(path.stat())
-        if end > files[file][1]:
-            raise _MalformedError(f"{file} is truncated: {key!r} ends at byte {end}, and it has {files[file][1]}")
+        if end > files[file].num_bytes:
+            raise _MalformedError(
+                f"{file} is truncated: {key!r} ends at byte {end}, and it has {files[file].num_bytes}"
+            )
     return files
 
 

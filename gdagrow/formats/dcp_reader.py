@@ -16,8 +16,8 @@ from typing_extensions import Self
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_blob import BlobError, StridedBytes, locate
 from gdagrow.formats.dcp_metadata import Blob, Chunk, DcpMetadata, StoredTensor
-from gdagrow.formats.digests import file_stat
 from gdagrow.formats.torch_dtypes import DTYPES
+from gdagrow.formats.watched import file_stat
 
 _LOCATED: Final = 4096  # chunks whose place is remembered; rows are read in order, so that each is found about once
 

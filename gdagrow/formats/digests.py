@@ -1,7 +1,7 @@
 """Files by their SHA-256: one that is read through, and those of a source, at the pace at which they are used."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -13,6 +13,7 @@ from typing import Final
 from typing_extensions import Self
 
 from gdagrow.errors import CheckpointError
+from gdagrow.formats.watched import WatchedFiles
 
 _BLOCK_BYTES: Final = 2**20
 # How far a source is hashed ahead of being used: far enough never to be waited for, near enough for both to find a
@@ -55,7 +56,7 @@ def digest_file(path: Path, before_block: Callable[[int], None]) -> FileDigest:
             left = max(0, left - count)
 
 
-class SourceFiles:
+class SourceFiles(WatchedFiles):
     """The files of a source while something is made of them: watched for changes, and hashed on a thread.
 
     Use as a context manager; the thread ends with it.
@@ -67,8 +68,7 @@ class SourceFiles:
         Raises:
             CheckpointError: one is gone.
         """
-        self._directory = directory
-        self._stats = {name: self._stat(name) for name in names}
+        super().__init__(directory, names)
         self._allowed = AHEAD_BYTES  # bytes of all files in turn that may be hashed
         self._hashed = 0
         self._cancelled = False
@@ -87,14 +87,9 @@ class SourceFiles:
             self._changed.notify()
         self._hasher.shutdown()
 
-    @property
-    def times(self) -> Mapping[str, tuple[int, int]]:
-        """Size and time of last change (ns) of each file when it was first looked at."""
-        return {name: (size, changed) for name, (_, size, changed) in self._stats.items()}
-
     def used(self, fraction: float) -> None:
         """Say how much of all that is made of the source is made."""
-        num_bytes = sum(size for _, size, _ in self._stats.values())
+        num_bytes = sum(stat.num_bytes for stat in self.stats.values())
         with self._changed:
             self._allowed = AHEAD_BYTES + int(fraction * num_bytes)
             self._changed.notify()
@@ -113,25 +108,9 @@ class SourceFiles:
         self.require_unchanged()
         return found
 
-    def require_unchanged(self) -> None:
-        """Raises CheckpointError if a file is another than it was, or has another size or time."""
-        for name, stat in self._stats.items():
-            if self._stat(name) != stat:
-                raise CheckpointError(
-                    f"{self._directory / name} changed while it was being read: it has another size or time, or was "
-                    "replaced; let nothing write to the source, and start again"
-                )
-
-    def _stat(self, name: str) -> tuple[int, int, int]:
-        path = self._directory / name
-        try:
-            return file_stat(path.stat())
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
-
     def _digest_all(self) -> dict[str, FileDigest]:
         try:
-            return {name: digest_file(self._directory / name, self._await_turn) for name in self._stats}
+            return {name: digest_file(self._directory / name, self._await_turn) for name in self.stats}
         except Cancelled:
             return {}
 
@@ -141,8 +120,3 @@ class SourceFiles:
             if self._cancelled:
                 raise Cancelled
             self._hashed += num_bytes
-
-
-def file_stat(stat: os.stat_result) -> tuple[int, int, int]:
-    """What tells that a file is still the same: its number, its size, and the time of its last change in ns."""
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns

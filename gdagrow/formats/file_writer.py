@@ -3,12 +3,14 @@
 import ctypes
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 from typing_extensions import Self
 
 from gdagrow.errors import OutputError
@@ -95,7 +97,8 @@ class FileWriter:
         while rest:
             filled = self._written % BLOCK_BYTES
             count = min(len(rest), BLOCK_BYTES - filled)
-            self._blocks[0][filled : filled + count] = rest[:count]
+            # By numpy, which lets other threads go on meanwhile.
+            np.frombuffer(self._blocks[0], np.uint8)[filled : filled + count] = np.frombuffer(rest[:count], np.uint8)
             self._written += count
             rest = rest[count:]
             if self._written % BLOCK_BYTES == 0:
@@ -138,13 +141,17 @@ class FileWriter:
             self._await_oldest()
         try:
             self._file.sync()
+            self._let_go()
         except OSError as error:
             raise self._failed(error) from None
-        self.abort()
         return self._digest.hexdigest()
 
     def abort(self) -> None:
-        """Close the file as it is, if it is open, and stop the threads."""
+        """Close the file as it is, if it is open, and stop the threads; nobody wants it any more."""
+        with suppress(OSError):
+            self._let_go()
+
+    def _let_go(self) -> None:
         if not self._open:
             return
         self._open = False

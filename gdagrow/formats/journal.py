@@ -47,10 +47,14 @@ class Journal:
         """
         self._path = place / JOURNAL_FILE
         lines, num_bytes = _read(self._path)
-        if lines:
-            os.truncate(self._path, num_bytes)  # what a kill cut short must not stand before the next line
-        else:
-            self._path.unlink(missing_ok=True)
+        try:
+            if lines:
+                os.truncate(self._path, num_bytes)  # what a kill cut short must not stand before the next line
+            else:
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if not lines:
             self._append(self._identity)
         return {line["file"]: FileDigest(line["bytes"], line["sha256"]) for line in lines[1:]}
 
@@ -69,9 +73,10 @@ class Journal:
                 journal.flush()
                 os.fsync(journal.fileno())
         except OSError as error:
-            raise OutputError(
-                f"{self._path} cannot be written ({error.strerror}); free or choose another place"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(f"{self._path} cannot be written ({error.strerror}); free or choose another place")
 
 
 def num_finished(place: Path) -> int:

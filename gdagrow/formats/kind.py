@@ -1,23 +1,13 @@
 """In which format a checkpoint directory stores its weights."""
 
 import os
-from enum import Enum
 from pathlib import Path
 from typing import Final
 
+from gdagrow.choices import Format
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_metadata import METADATA_FILE, is_dcp
 from gdagrow.formats.safetensors_header import INDEX_FILE, SINGLE_FILE
-
-
-class Format(str, Enum):
-    """How weights are stored: in safetensors files, or as a torch distributed checkpoint (DCP)."""
-
-    dcp = "dcp"
-    safetensors = "safetensors"
-
-    __str__ = str.__str__  # as in StrEnum, which came with Python 3.11
-
 
 # Where transformers' Trainer keeps what several processes sharded between them.
 SHARDED_WEIGHTS: Final = "pytorch_model_fsdp_0"

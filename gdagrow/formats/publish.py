@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -33,24 +33,32 @@ def staged(target: Path, *, goes_on: Callable[[Path], bool] | None = None) -> It
     """
     target = Path(os.path.abspath(target))
     _require_free(target)
+    place, stays = None, goes_on
     try:
-        place, lock = _take_over(target, goes_on) or _create_place(target)
-    except OSError as error:
-        raise _unwritable(target, error) from None
-    stays = goes_on
-    try:
-        partial = place / _OUTPUT
         try:
+            place, lock = _take_over(target, goes_on) or _create_place(target)
+            partial = place / _OUTPUT
             partial.mkdir(exist_ok=True)
         except OSError as error:
             raise _unwritable(target, error) from None
         yield partial
         _publish(partial, target)
         stays = None
+        _sync_entry(target)
     finally:
-        if stays is None or not stays(place):
-            shutil.rmtree(place, ignore_errors=True)
-        os.close(lock)
+        if place is not None:
+            try:
+                _leave(place, stays)
+            except BaseException:  # Ctrl-C in the midst of it; another one ends the process
+                _leave(place, stays)
+                raise
+            finally:
+                os.close(lock)
+
+
+def _leave(place: Path, stays: Callable[[Path], bool] | None) -> None:
+    if stays is None or not stays(place):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def unfinished(target: Path) -> Path | None:
@@ -111,12 +119,16 @@ def _create_place(target: Path) -> tuple[Path, int]:
         place = target.with_name(f".{target.name}.gdagrow-partial-{secrets.token_hex(3)}")
         try:
             place.mkdir()
+            # Another process may take the new directory for a stale one until the lock is held.
+            with suppress(BlockingIOError):
+                if (lock := _try_lock(place)) is not None:
+                    return place, lock
         except FileExistsError:
             continue
-        # Another process may take the new directory for a stale one until the lock is held.
-        with suppress(BlockingIOError):
-            if (lock := _try_lock(place)) is not None:
-                return place, lock
+        except BaseException:  # Ctrl-C, before anyone knows of the directory
+            with suppress(OSError):
+                place.rmdir()
+            raise
 
 
 def _try_lock(directory: Path) -> int | None:
@@ -149,11 +161,20 @@ def _publish(partial: Path, target: Path) -> None:
                 _sync(os.path.join(directory, name))
             _sync(directory)
         os.rename(partial, target)
-        _sync(target.parent)
     except OSError as error:
         if target.is_dir() and any(target.iterdir()) and partial.exists():
             raise _not_empty(target) from None
         raise OutputError(f"{target} cannot be published ({error.strerror}); choose another place") from None
+
+
+def _sync_entry(target: Path) -> None:
+    try:
+        _sync(target.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{target} is there, whole, but {target.parent} cannot be put on the disk ({error.strerror}), so that the "
+            "name may be lost if the machine fails; check the disk"
+        ) from None
 
 
 def _sync(path: str | Path) -> None:
@@ -184,6 +205,23 @@ def write_file(path: Path, content: str | bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}); free or choose another place") from None
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, unless it is there; raises OutputError if the disk refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be made ({error.strerror}); free or choose another place") from None
+
+
+def require_all(directory: Path, names: Iterable[str]) -> None:
+    """Raise OutputError if files that were written are gone, as after a hasty `rm` of what looked like a leftover."""
+    if gone := sorted(name for name in names if not (directory / name).is_file()):
+        raise OutputError(
+            f"{directory} has lost {len(gone)} of the files that were written into it, the first {gone[0]}; leave what "
+            "is unfinished to gdagrow while it runs, and start again"
+        )
 
 
 def require_apart(source: Path, target: Path) -> None:

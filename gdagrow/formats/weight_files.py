@@ -11,8 +11,8 @@ from typing import Final, Protocol
 from typing_extensions import Self
 
 from gdagrow.errors import CheckpointError
-from gdagrow.formats.digests import file_stat
 from gdagrow.formats.safetensors_header import read_shard
+from gdagrow.formats.watched import FileStat, file_stat
 from gdagrow.header import ITEM_BYTES, Header, TensorInfo
 
 FLOATING: Final = ("F64", "F32", "F16", "BF16")
@@ -61,7 +61,7 @@ class WeightFiles:
         """
         self._header = header
         self._files: dict[str, int] = {}
-        self._stats: dict[str, tuple[int, int, int]] = {}
+        self._stats: dict[str, FileStat] = {}
         try:
             for shard in header.shards:
                 self._open(shard)

@@ -37,7 +37,8 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in half-split order (dim `i` turns with `i + head_dim / 2`) on `[..., positions, heads, head_dim]`."""
     first, second = heads.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(heads.dtype)
 
 
 class Projection(nn.Linear):
@@ -56,9 +57,11 @@ class RmsNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """The norm, `factor` times: of the weight, which is smaller than `x`."""
         dtype = at_least_float32(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+        weight = self.weight.to(dtype) * factor
+        return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class PolyNorm(nn.Module):
@@ -81,9 +84,11 @@ class PolyNorm(nn.Module):
             weight * (squared_power.mean(-1, keepdim=True) + POLY_NORM_EPS).rsqrt()
             for weight, squared_power in zip(self.weight.to(dtype), (fourth * square, fourth, square), strict=True)
         )
-        # Horner's scheme, as each pass over the model's widest activation shows: a quarter faster than three norms.
-        output: Tensor = ((cubic * z + quadratic) * z + linear) * z + self.bias.to(dtype)
-        return output.to(x.dtype)
+        # Horner's scheme, each step in one pass, as passes over the model's widest activation show: forward, it takes
+        # two thirds of the time of three norms.
+        scheme = torch.addcmul(quadratic, cubic, z)
+        scheme = torch.addcmul(linear, scheme, z)
+        return torch.addcmul(self.bias.to(dtype), scheme, z).to(x.dtype)
 
 
 class Projected(NamedTuple):
@@ -190,12 +195,13 @@ class GdaAttention(nn.Module):
 
     def difference(self, signal: Tensor, noise: Tensor) -> Tensor:
         """What `o_proj` reads, `[batch, positions, signal heads * 2 head_dim]`: the normed difference of each head."""
-        config, dtype = self.config, at_least_float32(signal.dtype)
-        batch, _, *rest = signal.shape
-        grouped = signal.to(dtype).view(batch, config.num_groups, config.ratio, *rest)
-        difference = grouped - self.current_lambda(dtype) * noise.to(dtype).unsqueeze(2)
-        heads: Tensor = (self.subln(difference) * (1 - self.lambda_init)).to(signal.dtype)
-        return heads.flatten(1, 2).transpose(1, 2).flatten(2)
+        dtype = at_least_float32(signal.dtype)
+        # Heads after positions, as torch's attention lays its result out and o_proj reads: nothing is copied between.
+        signal, noise = signal.transpose(1, 2), noise.transpose(1, 2)
+        grouped = signal.to(dtype).view(*signal.shape[:2], self.config.num_groups, self.config.ratio, -1)
+        difference = torch.addcmul(grouped, noise.to(dtype).unsqueeze(3), self.current_lambda(dtype), value=-1)
+        heads: Tensor = self.subln(difference, 1 - self.lambda_init).to(signal.dtype)
+        return heads.flatten(2)
 
     def current_lambda(self, dtype: torch.dtype) -> Tensor:
         """`exp(q1 . k1) - exp(q2 . k2) + lambda_init`, a scalar of `dtype`."""

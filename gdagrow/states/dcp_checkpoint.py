@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gdagrow.axes import IndexMap
+from gdagrow.choices import Moments, Schedule
 from gdagrow.dcp import DcpHeader, read_beside
 from gdagrow.dcp_tensors import DcpTensors, require_tied
 from gdagrow.errors import CheckpointError, PlanError
@@ -22,9 +23,7 @@ from gdagrow.plan import GrowthPlan
 from gdagrow.rows import GROWABLE_DTYPES
 from gdagrow.states.moments import (
     POWERS,
-    Moments,
     ParameterMoments,
-    Schedule,
     moments_record,
     plan_moments,
     require_optimizer,

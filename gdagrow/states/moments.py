@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
 from gdagrow.axes import IndexMap
+from gdagrow.choices import Moments, Schedule
 from gdagrow.errors import CheckpointError
 from gdagrow.growth import TensorGrowth
 from gdagrow.plan import GrowthPlan, TensorPlan
@@ -21,23 +21,6 @@ SCHEDULER_FILE: Final = "scheduler.pt"
 # is divided by the copies of what its parameter writes (growth-math 2), means of gradients are like them, means of
 # their squares (and the largest of those, in AMSGrad) go by the square.
 POWERS: Final[Mapping[str, int]] = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}
-
-
-class Moments(str, Enum):
-    """What becomes of optimizer moments: `auto` carries those that the mirror rule grows exactly, and resets others."""
-
-    auto = "auto"
-    carry = "carry"
-    reset = "reset"
-
-
-class Schedule(str, Enum):
-    """What becomes of a run's schedule: go on where it was, or begin the run's new one at step 0."""
-
-    keep = "keep"
-    restart = "restart"
-
-    __str__ = str.__str__  # as in StrEnum, which came with Python 3.11
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gdagrow.choices import Moments, Schedule
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.small_file import read_small_file
@@ -28,9 +29,7 @@ from gdagrow.states.moments import (
     OPTIMIZER_FILE,
     POWERS,
     SCHEDULER_FILE,
-    Moments,
     ParameterMoments,
-    Schedule,
     moments_record,
     plan_moments,
 )

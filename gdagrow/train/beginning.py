@@ -1,7 +1,6 @@
 """The beginning of a run: what lies in its directory, and whether the recipe may go on with it."""
 
-import os
-import shutil
+import io
 from pathlib import Path
 
 from gdagrow.errors import TrainError
@@ -13,13 +12,15 @@ from gdagrow.train.run_directory import (
     clear,
     is_begun,
     last_state,
+    remove,
     remove_unfinished,
+    replace_file,
     writing,
 )
 
 
 def begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> None:
-    """Make the run's directory ready.
+    """Make the run's directory ready, which is there.
 
     Raises:
         TrainError: it has a run already that is done, was another one, or shall neither be resumed nor restarted.
@@ -28,10 +29,6 @@ def begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> Non
         clear(run)
     if is_begun(run) and not resume:
         raise TrainError(f"{run} is not empty; --resume goes on with the run in it, --restart begins it anew")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainError(f"{run} cannot be made ({error.strerror}); choose another place") from None
     remove_unfinished(run)
     last = last_state(run)
     changed = _changed(recipe, read_train_recipe(run / RECIPE_FILE), last) if (run / RECIPE_FILE).exists() else []
@@ -44,7 +41,7 @@ def begin(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool) -> Non
         clear(run)  # there is nothing yet that another recipe could spoil, but tokens
     if last is not None and last.step >= recipe.steps and (run / MODEL).exists():
         raise TrainError(f"{run}: all {recipe.steps} steps are done; to go on, ask for more steps in the recipe")
-    shutil.rmtree(run / MODEL, ignore_errors=True)
+    remove(run, MODEL)
     write_recipe(recipe, run / RECIPE_FILE)
 
 
@@ -68,10 +65,8 @@ def write_recipe(recipe: TrainRecipe, path: Path) -> None:
     """
     from ruamel.yaml import YAML
 
-    replacement = path.with_name(f".{path.name}")  # a run killed in the midst of it has a recipe still
+    text, writer = io.StringIO(), YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.dump(recipe.as_dict(), text)
     with writing(path.parent, RECIPE_FILE):
-        with replacement.open("w", encoding="utf-8") as file:
-            writer = YAML(typ="safe", pure=True)
-            writer.default_flow_style = False
-            writer.dump(recipe.as_dict(), file)
-        os.replace(replacement, path)
+        replace_file(path, text.getvalue())

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
 from gdagrow.errors import TrainError
+from gdagrow.train.run_directory import replace_file
 
 # The `event` of a line that tells of a growth, or of the model's health.
 GROWTH: Final = "growth"
@@ -28,9 +28,7 @@ class MetricsFile:
         self._path = path
         earlier = (line for line in metrics_lines(path) if line["step"] <= step)
         kept = takewhile(lambda line: not _is_growth(line, step), earlier)
-        replacement = path.with_name(f".{path.name}")
-        replacement.write_text("".join(map(_as_line, kept)), encoding="utf-8")
-        os.replace(replacement, path)
+        replace_file(path, "".join(map(_as_line, kept)))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, which has a `step`.

@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,9 +32,11 @@ from gdagrow.train.recipe import MidRunGrowth, TrainRecipe
 from gdagrow.train.run_directory import (
     METRICS_FILE,
     MODEL,
+    RECIPE_FILE,
     TOKENS,
     RunState,
     grown_name,
+    held,
     keep_last,
     last_state,
     publish,
@@ -85,11 +88,27 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     # Refuses what cannot grow so.
     start = headers_of(recipe, processes.count, done=last.step + last.grown if last else 0)[0]
     processes.meet()
+    with held(run) if processes.is_first else nullcontext():
+        try:
+            finished = _begin_and_go_on(recipe, run, start, processes, watcher, resume=resume, restart=restart)
+        except BaseException:
+            if processes.is_first:
+                remove_unfinished(run)  # perhaps for want of room
+            raise
+    processes.leave()
+    return finished
+
+
+def _begin_and_go_on(
+    recipe: TrainRecipe, run: Path, start: Header, processes: Processes, watcher: Watcher, *, resume: bool,
+    restart: bool,
+) -> Finished:  # fmt: skip
     vocab = trained_of(start.config).sizes(start.config).vocab
     if processes.is_first:
         if not (run / TOKENS).exists() or restart:
             require_files(recipe.data)
-        begin(recipe, run, resume=resume, restart=restart)
+        with writing(run, RECIPE_FILE):
+            begin(recipe, run, resume=resume, restart=restart)
         if not (run / TOKENS).exists():
             with writing(run, TOKENS):
                 prepare_tokens(recipe.data, saving_directory(run) / TOKENS, vocab, start.config.get("eos_token_id"))
@@ -104,9 +123,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool, restart: bool, watche
     # A whole number of batches, so that the same sequences make a step however many processes share it.
     training = training.part(0, len(training) // recipe.batch_size * recipe.batch_size)
     held_out = held_out and held_out.part(0, min(len(held_out), recipe.evaluate_on))
-    finished = _Run(recipe, run, start, training, held_out, processes, watcher).go_on()
-    processes.leave()
-    return finished
+    return _Run(recipe, run, start, training, held_out, processes, watcher).go_on()
 
 
 class _Run:

@@ -8,11 +8,12 @@ model           the model at the end
 tokens          the text as tokens
 """
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,9 +27,9 @@ TOKENS: Final = "tokens"
 
 _STATE: Final = re.compile(r"(checkpoint|grown)-(0|[1-9]\d{0,14})")
 _SAVING: Final = ".saving"
-_OURS: Final = (RECIPE_FILE, METRICS_FILE, MODEL, TOKENS, _SAVING)
 # What the writers of torch and safetensors say when a disk refuses; neither raises an OSError.
-_REFUSED: Final = re.compile(r"inline_container|PytorchStreamWriter|I/O error|os error", re.IGNORECASE)
+_NUMBER: Final = re.compile(r"os error (\d{1,4})")
+_REFUSED: Final = re.compile(r"inline_container|PytorchStreamWriter|iostream error|I/O error|os error", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
@@ -71,17 +72,75 @@ def is_begun(run: Path) -> bool:
 
 def clear(run: Path) -> None:
     """Remove what a run left, and nothing else."""
-    for name in [*_OURS, *(state.directory.name for state in states(run))]:
-        path = run / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    remove_unfinished(run)
+    for name in [*(state.directory.name for state in states(run)), MODEL, TOKENS]:
+        remove(run, name)
+    for name in (METRICS_FILE, RECIPE_FILE):
+        (run / name).unlink(missing_ok=True)
+    remove_unfinished(run)
+
+
+def remove(run: Path, name: str) -> None:
+    """Remove a directory of a run, if it is there."""
+    if (run / name).exists():
+        # Renamed first: what is half removed must not look whole.
+        doomed = saving_directory(run) / f"removed-{name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.parent.mkdir(exist_ok=True)
+        os.rename(run / name, doomed)
+        shutil.rmtree(doomed)
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove a state that was being written when its run was killed."""
+    """Remove what was being written, or removed, when a run was killed."""
     shutil.rmtree(run / _SAVING, ignore_errors=True)
+    for name in (METRICS_FILE, RECIPE_FILE):
+        _unfinished(run / name).unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a small file of a run so that one who is killed in the midst of it has the old one still."""
+    unfinished = _unfinished(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's directory meanwhile; it is made if it is missing.
+
+    Raises:
+        TrainError: it cannot be made, or another process trains in it.
+    """
+    was_there = run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise TrainError(f"{run} cannot be made ({error.strerror}); choose another place") from None
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise TrainError(f"another process trains in {run}; wait for it or choose another directory") from None
+        yield
+    finally:
+        if not was_there:
+            with suppress(OSError):  # there is something in it
+                run.rmdir()
+        os.close(lock)
 
 
 def saving_directory(run: Path) -> Path:
@@ -103,11 +162,7 @@ def publish(run: Path, name: str) -> None:
 def keep_last(run: Path, count: int) -> None:
     """Remove all states but the last `count`."""
     for state in states(run)[:-count]:
-        # Renamed first: a state that is half removed must not look whole.
-        doomed = saving_directory(run) / f"removed-{state.directory.name}"
-        doomed.parent.mkdir(exist_ok=True)
-        os.rename(state.directory, doomed)
-        shutil.rmtree(doomed)
+        remove(run, state.directory.name)
 
 
 @contextmanager
@@ -125,7 +180,9 @@ def writing(run: Path, what: str) -> Iterator[None]:
         if not (isinstance(error, OSError) or _REFUSED.search(str(error))):
             raise
         free = shutil.disk_usage(run).free
-        reason = (isinstance(error, OSError) and error.strerror) or "the disk took only a part of it"
+        number = _NUMBER.search(str(error))  # of safetensors' error; torch's does not say why
+        reason = os.strerror(int(number[1])) if number else "the disk took only a part of it"
+        reason = (isinstance(error, OSError) and error.strerror) or reason
         raise TrainError(
             f"{what} cannot be written in {run} ({reason}; {free:,} bytes free); free some space and go on with "
             "--resume"

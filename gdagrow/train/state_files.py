@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any, Final
 
 from gdagrow.checkpoint import read_checkpoint
+from gdagrow.choices import Format
 from gdagrow.costs import checkpoint_figures
 from gdagrow.dcp import DcpHeader
 from gdagrow.dcp_tensors import DcpTensors
@@ -19,7 +20,7 @@ from gdagrow.export import export
 from gdagrow.format_conversion import convert_format, plan_conversion
 from gdagrow.formats.byte_tokenizer import write_byte_tokenizer
 from gdagrow.formats.companions import copy_companions
-from gdagrow.formats.kind import SHARDED_WEIGHTS, Format
+from gdagrow.formats.kind import SHARDED_WEIGHTS
 from gdagrow.formats.links import require_inside
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.small_file import read_small_file

@@ -39,8 +39,21 @@ def test_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Non
 def test_torch_is_not_imported_before_it_is_needed(words: list[str], tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", companions=True)
     words = [word.format(tmp_path / "model") for word in words]
-    code = f"import sys; from gdagrow_cli.main import main; main({words!r}); assert 'torch' not in sys.modules"
+    slow = "{'torch', 'numpy', 'safetensors'}"
+    code = f"import sys; from gdagrow_cli.main import main; main({words!r}); assert not {slow} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["expand", "--help"], ["train", "--help"]])
+def test_a_command_line_is_parsed_with_next_to_nothing(words: list[str]) -> None:
+    code = f"import sys; from gdagrow_cli.main import main; main({words!r}); print(*sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = result.stderr.split()
+    assert {name for name in modules if name.split(".")[0] == "gdagrow"} == {
+        "gdagrow", "gdagrow.errors", "gdagrow.choices"
+    }  # fmt: skip
+    # pydantic comes with typer, for the options of a command.
+    assert {"torch", "numpy", "ruamel", "safetensors"}.isdisjoint(modules)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.command import call
 from tests.diffllama import TOPOLOGIES, save_diffllama
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 
 
 def commands(page: Path) -> list[str]:
@@ -27,7 +27,12 @@ def shown(page: Path) -> list[list[str]]:
     return [shlex.split(line) for line in commands(page) if line.startswith("gdagrow ") and "[" not in line]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if shown(page)], ids=lambda page: page.name)
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# What the tutorial shows is run, and compared, by test_docs_tutorial.py.
+@pytest.mark.parametrize("page", [page for page in PAGES if shown(page) and page.stem != "tutorial"], ids=name)
 def test_every_gdagrow_command_of_a_page_runs_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,9 +56,10 @@ def test_every_gdagrow_command_of_a_page_runs_in_order(
         assert outcome.code == 0, f"{shlex.join(command)}: {outcome.err}"
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [ROOT / "docs" / "python-api.md"], ids=name)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "demo" / "source")
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Heads(num_groups=4, ratio=3, num_kv_groups=1)")
@@ -76,7 +82,7 @@ def test_the_cli_page_is_generated() -> None:
     assert page.strip() == made.stdout.strip(), "docs/cli.md is not what --help says; run: make docs"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [target for target in targets if not (page.parent / target).exists()] == []

@@ -25,7 +25,7 @@ SOURCES = {
     "recipes", "tests",
 }  # fmt: skip
 OF_THE_ARCHIVE = {"PKG-INFO", ".gitignore"}
-IGNORED = {"__pycache__", "_build"}
+IGNORED = {"__pycache__"}
 
 # What needs no extra, in an order that makes what it needs; each exits with 0.
 WITHOUT_EXTRAS = (

@@ -151,6 +151,14 @@ def test_another_growth_is_refused_and_nothing_is_lost(source: Path, tmp_path: P
     assert not place.exists()
 
 
+def test_a_source_that_was_moved_meanwhile(source: Path, tmp_path: Path) -> None:
+    grow(source, tmp_path / "whole")
+    stop(source, tmp_path / "grown")
+    shutil.copytree(source, tmp_path / "elsewhere" / "source")
+    assert grow(tmp_path / "elsewhere" / "source", tmp_path / "grown").resumed
+    assert listing(tmp_path / "grown") == listing(tmp_path / "whole")
+
+
 def test_without_resume_nothing_is_left_or_taken_over(source: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         grow(source, tmp_path / "grown", stop_after=0.6, resume=False)

@@ -61,6 +61,19 @@ def test_a_disk_that_fails_at_the_last_sync_is_told(tmp_path: Path, monkeypatch:
     assert f"{tmp_path / 's'} cannot be written (Input/output error)" in refused(tmp_path / "s")
 
 
+def test_a_disk_that_fails_when_the_file_is_closed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refusals = os.close, []
+
+    def close(file: int) -> None:
+        real(file)
+        if not refusals:
+            refusals.append(file)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(direct_file.os, "close", close)
+    assert f"{tmp_path / 's'} cannot be written (Disk quota exceeded)" in refused(tmp_path / "s")
+
+
 def test_a_file_size_limit_is_told(tmp_path: Path) -> None:
     code = """
         import resource, sys

@@ -23,12 +23,12 @@ GROWTHS: dict[str, dict[str, Any]] = {
 }
 
 PINNED = {
-    ("noise", torch.bfloat16): "102eadee034e410dcfdf69386d1648cda92521a93a6b2b7d2c56857d66941d8a",
-    ("noise", torch.float16): "0ecc35e49c55c33783b77c1712b97be4384493cad76dc8edfb19687bc4d135cd",
-    ("noise", torch.float32): "fe47e7bd4523b17224c732c2c344ad265f857c670f1ae4c24c6543b34538d5ea",
-    ("noise", torch.float64): "411f396c3dd9c76a08df4a631043da2b99222022f0abffcbb1e1b7fe49f68c3c",
-    ("default noise", torch.bfloat16): "7112e154bb50a43ba11671e65519de23b1f78fbfe3859c4fc42c02447018c96f",
-    ("default noise", torch.float32): "fde2c7f23e376c4bee53b2f64368b28dd137cb62f7a6ac77a4a8b287620cee8f",
+    ("noise", torch.bfloat16): "bb7d1371f64468dcb313da0e46206032be1e12a8ca0dd2ed49c88a67a5690941",
+    ("noise", torch.float16): "df9f1ebbdcfb73a70521ebd62a2e78ed171aba6e3bd995c658ac331e0473b60b",
+    ("noise", torch.float32): "4d7f0206bb53bf753da91614c9ef11b9e2387b512386f7f356ff6479f1b529fa",
+    ("noise", torch.float64): "9a467cc465eb249b14f492d21450a5e6c9bafca5c3311370809cb2a9628d1bad",
+    ("default noise", torch.bfloat16): "52518542095f3f1b93ce264eec70e58ad1f77c1b80ddd8062ab986c1b1fed71c",
+    ("default noise", torch.float32): "822d8d252c9ff67c875461dba0cedf843af2dae4edb183e86c31377f4b82532c",
     ("exact copies", torch.bfloat16): "0e386345c316844ee1158f12f03b32ad7911ce6e04fd3cbfa4023c5f23d83e0c",
     ("exact copies", torch.float32): "76495ef0b899bc710b17c76a9eac2ecb960ea79545687e52e802671cdee32f11",
 }

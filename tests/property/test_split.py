@@ -39,7 +39,7 @@ def random_bits(dtype: torch.dtype, num: int, seed: int) -> Tensor:
 
 def words_for(weight: Tensor, copies: int, seed: int) -> Tensor:
     words = torch.empty((num_draws(copies), *weight.shape), dtype=torch.int32)
-    return words.random_(generator=torch.Generator().manual_seed(seed))
+    return words.random_(-(2**31), 2**31 - 1, generator=torch.Generator().manual_seed(seed))
 
 
 def split_in(weight: Tensor, copies: int, amplitude: float, seed: int = 1) -> Tensor:

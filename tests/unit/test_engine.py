@@ -106,9 +106,7 @@ class Held:
 
 @settings(RANDOM, max_examples=60)
 @given(st.lists(st.tuples(growths(), st.sampled_from([1, 2, None])), min_size=1, max_size=4), st.data())
-def test_moments_do_not_depend_on_chunks_and_threads(
-    wanted: list[tuple[TensorGrowth, int | None]], data: st.DataObject
-) -> None:
+def test_moments_do_not_depend_on_chunks(wanted: list[tuple[TensorGrowth, int | None]], data: st.DataObject) -> None:
     """Chunks of one row and of several, kept for further copies or grown anew, give the same bytes."""
     code = data.draw(st.sampled_from(["F32", "BF16", "F16"]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
@@ -124,8 +122,9 @@ def test_moments_do_not_depend_on_chunks_and_threads(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gdagrow.growth, "BLOCK_WEIGHTS", 1)
         patch.setattr(gdagrow.streaming, "CHUNK_BYTES", data.draw(st.integers(1, 40)))
-        patch.setattr(gdagrow.streaming, "KEPT_CHUNKS", data.draw(st.integers(1, 3)))
-        patch.setattr(gdagrow.streaming, "num_workers", lambda: 3)
+        kept = data.draw(st.integers(1, 3))
+        patch.setattr(gdagrow.streaming, "KEPT_CHUNKS", kept)
+        patch.setattr(gdagrow.streaming, "NUM_CHUNKS", kept + data.draw(st.integers(1, 3)))
         with Grower({"held": Held(held)}, None, Fresh(0.02, 0)) as grower:
             assert b"".join(bytes(chunk) for chunk in grower.chunks(tensors)) == expected
 
@@ -139,13 +138,13 @@ def test_rows_do_not_depend_on_how_they_come(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.float64]))
     columns = IndexMap.of(data.draw(st.permutations([*range(40), *range(10), *range(25)])), 40)
     # Two blocks of rows and a bit; wide columns would need fewer rows for that.
-    columns = IndexMap(tuple((a * 512, b * 512) for a, b in columns.runs), 40 * 512)
+    columns = IndexMap(tuple((a * 1024, b * 1024) for a, b in columns.runs), 40 * 1024)
     growth = TensorGrowth((IndexMap.identity(8), columns), (False, True))
     assert block_rows(growth) == 3
-    source = torch.randn(8, 40 * 512, generator=torch.Generator().manual_seed(1)).to(dtype)
+    source = torch.randn(8, 40 * 1024, generator=torch.Generator().manual_seed(1)).to(dtype)
     # Subnormal and infinite weights are split another way than the rest, which may not show beside them.
     source[:, :: data.draw(st.integers(300, 9000))] *= torch.finfo(dtype).smallest_normal
-    source[data.draw(st.integers(0, 7)), data.draw(st.integers(0, 40 * 512 - 1))] = torch.inf
+    source[data.draw(st.integers(0, 7)), data.draw(st.integers(0, 40 * 1024 - 1))] = torch.inf
     whole = grow_tensor(growth, source, "name", NOISE)
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, 7)))), 8]
     pieces = torch.empty_like(whole)
@@ -173,10 +172,10 @@ def test_noise_depends_on_seed_and_name_and_row() -> None:
 
 
 def test_blocks_have_words_of_their_own() -> None:
-    columns = IndexMap.tile(2**15, 2)
+    columns = IndexMap.tile(2**16, 2)
     growth = TensorGrowth((IndexMap.identity(4), columns), (False, True))
     assert block_rows(growth) == 2
-    grown = grow_tensor(growth, torch.ones(4, 2**15), "name", NOISE)
+    grown = grow_tensor(growth, torch.ones(4, 2**16), "name", NOISE)
     assert not torch.equal(grown[:2], grown[2:])
 
 
@@ -185,22 +184,23 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("exact_copies", [False, True])
-def test_neither_chunk_size_nor_threads_change_the_bytes(
+def test_neither_the_size_nor_the_number_of_chunks_changes_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_copies: bool
 ) -> None:
-    # 12 blocks of rows in the embedding, and attention heads whose copies begin inside a block.
+    # 6 blocks of rows in the embedding, and attention heads whose copies begin inside a block.
     write_checkpoint(tmp_path / "source", hidden=512, ffn=256, vocab=1500, layers=1, dtype=torch.bfloat16)
     recipe = make_recipe({"signal": "4:1", "hidden": 2, "ffn": 3, "exact_copies": exact_copies})
     plan = make_plan(read_header(tmp_path / "source"), recipe)
-    assert max(t.growth.rows.old_size / block_rows(t.growth) for t in plan.tensors) > 11
+    assert max(t.growth.rows.old_size / block_rows(t.growth) for t in plan.tensors) > 5
     expand(plan, tmp_path / "usual", weights_output(plan, 10**9))
     usual = bytes_of(tmp_path / "usual")
     counted: list[int] = []
-    for chunk_bytes, threads in ((1, 1), (600_000, 3), (10**7, 1)):
+    for chunk_bytes, kept in ((1, 1), (1_200_000, 3), (10**7, 1)):
         monkeypatch.setattr(gdagrow.streaming, "CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(gdagrow.streaming, "num_workers", lambda threads=threads: threads)
+        monkeypatch.setattr(gdagrow.streaming, "KEPT_CHUNKS", kept)
+        monkeypatch.setattr(gdagrow.streaming, "NUM_CHUNKS", kept + 1)
         chunks: list[int] = []
-        target = tmp_path / f"{chunk_bytes}-{threads}"
+        target = tmp_path / f"{chunk_bytes}-{kept}"
         expand(plan, target, weights_output(plan, 10**9), progress=chunks.append)
         assert bytes_of(target) == usual
         assert sum(chunks) == plan.num_bytes

@@ -161,7 +161,7 @@ def in_memory(plan: GrowthPlan) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("activation", ["silu", "poly_norm"])
 def test_streamed_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation: str) -> None:
-    """Through real files, by chunks of a row and larger ones, on one thread and on three: not a byte differs."""
+    """Through real files, by chunks of a row and larger ones, few of them in memory and more: not a byte differs."""
     write_checkpoint(tmp_path / "source", activation=activation, bias=True, layers=2, lambda_dtype=torch.float32)
     recipe = {"hidden_to": 75, "insert": "after:0", "signal": "4:1", "select": "norm", "snr_db": 30.0, "seed": 9}
     if activation == "silu":
@@ -169,9 +169,10 @@ def test_streamed_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(gdagrow.growth, "BLOCK_WEIGHTS", 70)
     plan = make_plan(read_header(tmp_path / "source"), make_recipe(recipe))
     expected, files = in_memory(plan), set()
-    for chunk_bytes, threads in ((1, 1), (3_000, 3), (10**7, 2)):
+    for chunk_bytes, kept in ((1, 1), (3_000, 3), (10**7, 2)):
         monkeypatch.setattr(gdagrow.streaming, "CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(gdagrow.streaming, "num_workers", lambda threads=threads: threads)
+        monkeypatch.setattr(gdagrow.streaming, "KEPT_CHUNKS", kept)
+        monkeypatch.setattr(gdagrow.streaming, "NUM_CHUNKS", kept + 1)
         target = tmp_path / f"{chunk_bytes}"
         expand(plan, target, weights_output(plan, 10**9))
         files.add((target / "model.safetensors").read_bytes())

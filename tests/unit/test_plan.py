@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from gdagrow.choices import Moments
 from gdagrow.errors import CheckpointError, PlanError
 from gdagrow.growth import Fill
 from gdagrow.header import Header
 from gdagrow.hints import hints_of
 from gdagrow.plan import GrowthPlan, make_plan
 from gdagrow.recipe import make_recipe
-from gdagrow.states.moments import Moments, plan_moments
+from gdagrow.states.moments import plan_moments
 from gdagrow.views.deeper import MOVED, NEW_BLOCK
 from tests.growths import header, info
 

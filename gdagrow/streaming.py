@@ -16,6 +16,7 @@ from gdagrow.growth import block_rows
 from gdagrow.layout import CHUNK_BYTES, KEPT_CHUNKS, NUM_CHUNKS
 from gdagrow.output import GrownTensor
 from gdagrow.reading import RowReader
+from gdagrow.rows import GROWABLE_DTYPES
 from gdagrow.split import Noise
 
 
@@ -123,11 +124,10 @@ class Grower:
             rows = reader.tensor(job.tensor.source).reshape(1, -1)
         else:
             rows = reader.rows(job.tensor.source, job.start, job.stop)
-        # A sum takes a hundredth of what looking at each value does, and is not finite if any of them is not.
-        if not job.copy and not rows.sum().isfinite():
+        # A sum takes a fortieth of what looking at each value does, and is not finite if any of them is not.
+        if not job.copy and job.tensor.dtype in GROWABLE_DTYPES and not rows.sum().isfinite():
             found = rows.numel() - int(rows.isfinite().sum())  # none where finite values add up to more than may be
-            with self._counting:
-                self._not_finite += Counter({job.tensor.name: found})
+            self._not_finite += Counter({job.tensor.name: found})
         return rows
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 from typing_extensions import Self
 
 from gdagrow.errors import OutputError
@@ -34,6 +33,15 @@ def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
     octets = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     octets._tensor = tensor  # type: ignore[attr-defined]
     return memoryview(octets).cast("B")
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    """Copy bytes; large ones so that other threads go on meanwhile, which they do not while Python itself copies."""
+    if source.readonly:
+        target[:] = source
+    else:
+        to, origin = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in (target, source))
+        ctypes.memmove(to, origin, len(source))
 
 
 class FileWriter:
@@ -97,8 +105,7 @@ class FileWriter:
         while rest:
             filled = self._written % BLOCK_BYTES
             count = min(len(rest), BLOCK_BYTES - filled)
-            # By numpy, which lets other threads go on meanwhile.
-            np.frombuffer(self._blocks[0], np.uint8)[filled : filled + count] = np.frombuffer(rest[:count], np.uint8)
+            _copy(self._blocks[0][filled : filled + count], rest[:count])
             self._written += count
             rest = rest[count:]
             if self._written % BLOCK_BYTES == 0:

@@ -73,7 +73,7 @@ def test_plan_tells_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert told["learning_rate_multipliers"]["lm_head.weight"] == 0.5
     assert "model.layers.{layer}.mlp.down_proj.weight" not in told["learning_rate_multipliers"]
     assert told["hints"][0].startswith("the ratio 6:1 is above 5:1")
-    assert 60e6 < told["peak_memory_bytes"] < 300e6
+    assert 30e6 < told["peak_memory_bytes"] < 300e6
     assert listing(tmp_path) == before
 
 

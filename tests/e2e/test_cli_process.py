@@ -63,7 +63,7 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, code: int, word:
     write_checkpoint(tmp_path / "model", hidden=512, ffn=2048, head_dim=64, layers=2)
     process = start("expand", tmp_path / "model", "--uniform-x6")
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".model-uniform-x6.gdagrow-partial-*/*.safetensors")):
+    while not list(tmp_path.glob(".model-uniform-x6.gdagrow-partial-*/output/*.safetensors")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -128,8 +128,10 @@ def machine(work: Path) -> dict[str, Any]:
     disk = subprocess.run(["df", "--output=fstype", work], capture_output=True, text=True, check=True).stdout.split()[
         -1
     ]
-    return {"CPU": next(iter(models), platform.machine()), "cores": os.cpu_count(),
-            "memory": f"{memory / 2**30:.0f} GiB", "Linux": platform.release().partition("-")[0], "disk": disk}  # fmt: skip
+    return {
+        "CPU": next(iter(models), platform.machine()), "cores": os.cpu_count(),
+        "memory": f"{memory / 2**30:.0f} GiB", "Linux": platform.release().partition("-")[0], "disk": disk,
+    }  # fmt: skip
 
 
 def _commit() -> str:

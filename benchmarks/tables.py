@@ -39,7 +39,7 @@ def ratios(case: Mapping[str, Any], arm: str, base: str, key: str = "wall") -> l
 
 def _expand(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     head = ("growth", "output", "arm", "GB/s", "rate: of `dd`", "of `dd` past the cache", "of `cp`", "CPU s a GB",
-            "RssAnon above Python")  # fmt: skip
+            "RssAnon above Python, torch")  # fmt: skip
     yield from _table(head, (row for case in cases for row in _disk_rows(case, ("dd", "direct", "cp"))))
 
 
@@ -49,7 +49,7 @@ def _disk_rows(case: Mapping[str, Any], bases: Sequence[str]) -> Iterator[Row]:
     size = facts["output_bytes"] / 1e9
     for arm in ("exact", "noise", *bases):
         found = [_spread(ratios(case, base, arm)) if base != arm else "" for base in bases]
-        above = "" if arm in bases else f"{_most(case, arm, 'anonymous') - facts['python_anonymous']:.0f} MiB"
+        above = "" if arm in bases else _above(case, arm)
         first = (label, f"{size:.2f} GB") if arm == "exact" else ("", "")
         yield (
             *first,
@@ -63,15 +63,14 @@ def _disk_rows(case: Mapping[str, Any], bases: Sequence[str]) -> Iterator[Row]:
 
 def _sizes(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     fits = {arm: fit(cases, arm) for arm in ("exact", "noise")}
-    measured = ("s", "off the line", "RssAnon above Python")
+    measured = ("s", "off the line", "RssAnon above Python, torch")
     head = ("output", *(f"{arm}: {what}" for arm in fits for what in measured), "rate of noise: of `dd`")
     rows = []
     for case in cases:
         facts, cells = case["facts"], []
         for arm, (start, each, _) in fits.items():
             seconds, line = _median(case, arm), start + each * facts["output_bytes"] / 1e9
-            above = _most(case, arm, "anonymous") - facts["python_anonymous"]
-            cells += [f"{seconds:.2f}", f"{(seconds / line - 1) * 100:+.0f} %", f"{above:.0f} MiB"]
+            cells += [f"{seconds:.2f}", f"{(seconds / line - 1) * 100:+.0f} %", _above(case, arm)]
         rows.append((f"{facts['output_bytes'] / 1e9:.2f} GB", *cells, _spread(ratios(case, "dd", "noise"))))
     yield from _table(head, rows)
     yield ""
@@ -88,6 +87,12 @@ def fit(cases: Sequence[Mapping[str, Any]], arm: str) -> tuple[float, float, flo
     sizes, seconds = zip(*points, strict=True)
     each, start = statistics.linear_regression(sizes, seconds)
     return start, each, statistics.correlation(sizes, seconds) ** 2
+
+
+def _above(case: Mapping[str, Any], arm: str) -> str:
+    """The most memory of an arm above an interpreter, and above one that has imported torch."""
+    most = _most(case, arm, "anonymous")
+    return ", ".join(f"{most - case['facts'][f'{base}_anonymous']:.0f}" for base in ("python", "torch")) + " MiB"
 
 
 def _passes(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 from pathlib import Path
@@ -123,3 +124,15 @@ def test_a_directory_that_is_gone(tmp_path: Path) -> None:
         CheckpointError, match=r"gone cannot be listed \(No such file or directory\); check the directory"
     ):
         list_companions(tmp_path / "gone")
+
+
+def test_weights_of_any_name_that_the_index_gives_them(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "weights", "b": "model.tensors"}}
+    write_files(tmp_path, {
+        "model.safetensors.index.json": json.dumps(index).encode(), "weights": b"", "model.tensors": b"", "notes": b"",
+    })  # fmt: skip
+    companions = list_companions(tmp_path)
+    assert companions.copied == ("notes",)
+    assert [skip.path for skip in companions.skipped if skip.reason == "weights of the source"] == [
+        "model.safetensors.index.json", "model.tensors", "weights",
+    ]  # fmt: skip

@@ -42,6 +42,7 @@ def source(tmp_path: Path) -> Path:
         path = source / (f"{name}inside.txt" if name.endswith("/") else name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"content of {name}")
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
     return source
 
 
@@ -128,9 +129,9 @@ def test_a_directory_that_is_gone(tmp_path: Path) -> None:
 
 def test_weights_of_any_name_that_the_index_gives_them(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "weights", "b": "model.tensors"}}
-    write_files(tmp_path, {
-        "model.safetensors.index.json": json.dumps(index).encode(), "weights": b"", "model.tensors": b"", "notes": b"",
-    })  # fmt: skip
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("weights", "model.tensors", "notes"):
+        (tmp_path / name).write_text("")
     companions = list_companions(tmp_path)
     assert companions.copied == ("notes",)
     assert [skip.path for skip in companions.skipped if skip.reason == "weights of the source"] == [

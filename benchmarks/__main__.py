@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,10 +101,11 @@ def run(name: str, settings: Settings) -> dict[str, Any]:
         )
     if not cases:
         raise SystemExit(f"no case of {name} has {settings.only!r} in its name")
-    flags = [*["--quick"] * settings.quick, *(["--rounds", str(settings.rounds)] if settings.rounds else []),
-             *(["--only", f"'{settings.only}'"] if settings.only else [])]  # fmt: skip
+    flags = ["--quick"] if settings.quick else []
+    flags += ["--rounds", str(settings.rounds)] if settings.rounds else []
+    flags += ["--only", settings.only] if settings.only else []
     return {
-        "command": " ".join(["python benchmarks", name, *flags]),
+        "command": shlex.join(["python", "benchmarks", name, *flags]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "seconds": round(time.perf_counter() - start),

@@ -52,6 +52,11 @@ _LINK = re.compile(r"^(?:- |\|).*?\[([^\]]+)\]\(([^)#]+)\.md\)", re.MULTILINE)
 _FIELD = re.compile(r"(\w+(?:, \w+)*): \S")
 
 
+def files(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Give pages of Markdown that are no part of the site as files, as other files beside the site are given."""
+    source[0] = re.sub(r"\]\((\.\./\w+/README\.md)\)", r"](path:\1)", source[0])
+
+
 def navigation(app: Sphinx, docname: str, source: list[str]) -> None:
     """Make a part of the navigation of each section of a page that lists other pages."""
     if docname not in _PARENTS:
@@ -94,6 +99,7 @@ def dashes(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", files)
     app.connect("source-read", navigation)
     app.connect("doctree-read", dashes)
     app.connect("autodoc-process-signature", signature)

@@ -34,12 +34,14 @@ class Expansion:
     """What was written: the directory, its weight files, and which companion files came along.
 
     resumed: Which of the weight files an earlier run had finished.
+    not_finite: How many values of the source, which are passed on as they are, are NaN or infinite, by grown tensor.
     """
 
     target: Path
     shards: dict[str, FileDigest]
     companions: Companions
     resumed: tuple[str, ...]
+    not_finite: dict[str, int]
 
     @property
     def num_bytes(self) -> int:
@@ -81,14 +83,15 @@ def expand(
             beside = sum((source / name).stat().st_size for name in list_companions(source, output.carried).copied)
             check_free_space(place.parent, missing + beside + _SPARE_BYTES)
             companions = copy_companions(source, partial, output.carried)
-            written = _write_tensors(plan, output, partial, files, finished, journal, advance)
-            record = growth_record(plan, read=files.digests(), written=written, history=history, state=output.record)
+            written, not_finite = _write_tensors(plan, output, partial, files, finished, journal, advance)
+            told_of_state = {**output.record, **({"not_finite": not_finite} if not_finite else {})}
+            record = growth_record(plan, read=files.digests(), written=written, history=history, state=told_of_state)
             write_file(partial / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
             write_file(partial / RECORD_FILE, record_text(record))
             for name, content in output.files.items():
                 write_file(partial / name, content)
             require_all(partial, [*written, *companions.copied, "config.json", RECORD_FILE, *output.files])
-    return Expansion(target, written, companions, tuple(finished))
+    return Expansion(target, written, companions, tuple(finished), not_finite)
 
 
 def _identity(output: Output, files: SourceFiles, record: Mapping[str, Any]) -> dict[str, str]:
@@ -136,7 +139,7 @@ def _remove_all_but(directory: Path, finished: Mapping[str, FileDigest]) -> None
 def _write_tensors(
     plan: GrowthPlan, output: Output, directory: Path, files: SourceFiles, finished: Mapping[str, FileDigest],
     journal: Journal, advance: Progress,
-) -> dict[str, FileDigest]:  # fmt: skip
+) -> tuple[dict[str, FileDigest], dict[str, int]]:  # fmt: skip
     recipe, done, total = plan.recipe, 0, output.num_bytes
     written: dict[str, FileDigest] = {}
     noise = None if recipe.exact_copies else Noise(recipe.snr_db, recipe.seed)
@@ -146,6 +149,8 @@ def _write_tensors(
         for layout in output.layouts:
             if layout.file in finished:
                 written[layout.file] = finished[layout.file]
+                for tensor in layout.tensors:
+                    grower.look_at(output.tensors[tensor.name])
                 done += layout.data_bytes
                 continue
             path = directory / layout.file
@@ -158,4 +163,4 @@ def _write_tensors(
                     files.used(done / total)
                 written[layout.file] = FileDigest(layout.file_bytes, writer.close())
             journal.add(layout.file, written[layout.file])
-    return written
+        return written, grower.not_finite

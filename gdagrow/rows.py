@@ -7,7 +7,7 @@ from gdagrow.archs import Architecture, Parameter, Sizes, Trained, in_model_orde
 from gdagrow.axes import parse
 from gdagrow.errors import CheckpointError
 from gdagrow.growth import GrowthMaps, TensorGrowth
-from gdagrow.header import Header
+from gdagrow.header import Header, TensorInfo
 from gdagrow.views import origin_of
 
 GROWABLE_DTYPES = ("F64", "F32", "BF16", "F16")
@@ -28,7 +28,7 @@ def claim(header: Header, architecture: Trained, sizes: Sizes) -> dict[str, Para
         if parameter in present:
             claimed[parameter.name.format(layer=layer)] = parameter
     problems = [f"missing {name}" for name in claimed if name not in header.tensors]
-    problems += [f"unknown {name}" for name in header.tensors if name not in claimed]
+    problems += [f"unknown {name}{_oddity(info)}" for name, info in header.tensors.items() if name not in claimed]
     for name, parameter in claimed.items():
         info, expected = header.tensors.get(name), parameter.parsed.shape(sizes.axes)
         if info and info.shape != expected:
@@ -41,6 +41,11 @@ def claim(header: Header, architecture: Trained, sizes: Sizes) -> dict[str, Para
             "config.json: " + "; ".join(problems)
         )
     return claimed
+
+
+def _oddity(info: TensorInfo) -> str:
+    """What a tensor that belongs nowhere may be of: a quantised weight's scale."""
+    return "" if info.dtype in GROWABLE_DTYPES else f" ({info.dtype})"
 
 
 def _is_stored(parameter: Parameter, header: Header) -> bool:

@@ -1,6 +1,6 @@
 """Grow tensors as a stream of bytes: chunk by chunk, in order, on a thread and in a few buffers that go round."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,12 +50,24 @@ class Grower:
         self._worker = ThreadPoolExecutor(1, "gdagrow-grow", torch.set_num_threads, (1,))
         # The buffer used last is used next: those that are never needed are never touched, and take no memory.
         self._free = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(NUM_CHUNKS)]
+        self._not_finite: Counter[str] = Counter()
 
     def __enter__(self) -> "Grower":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._worker.shutdown(cancel_futures=True)
+
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """How many values of what was read so far are NaN or infinite, by the grown tensor that they were read for."""
+        return dict(sorted(self._not_finite.items()))
+
+    def look_at(self, tensor: GrownTensor) -> None:
+        """Only count what is not finite of a tensor that an earlier run has grown."""
+        for job in _jobs(tensor):
+            if tensor.files is not None and not job.fresh and not job.copy:
+                self._read(tensor.files, job)
 
     def chunks(self, tensors: Iterable[GrownTensor]) -> Iterator[memoryview]:
         """Yield the grown bytes of tensors in order; a chunk may be overwritten once the next is asked for."""
@@ -108,8 +120,15 @@ class Grower:
     def _read(self, files: str, job: _Job) -> Tensor:
         reader = self._readers[files]
         if len(job.tensor.growth.dims) == 1:
-            return reader.tensor(job.tensor.source).reshape(1, -1)
-        return reader.rows(job.tensor.source, job.start, job.stop)
+            rows = reader.tensor(job.tensor.source).reshape(1, -1)
+        else:
+            rows = reader.rows(job.tensor.source, job.start, job.stop)
+        # A sum takes a hundredth of what looking at each value does, and is not finite if any of them is not.
+        if not job.copy and not rows.sum().isfinite():
+            found = rows.numel() - int(rows.isfinite().sum())  # none where finite values add up to more than may be
+            with self._counting:
+                self._not_finite += Counter({job.tensor.name: found})
+        return rows
 
 
 def _jobs(tensor: GrownTensor) -> Iterator[_Job]:

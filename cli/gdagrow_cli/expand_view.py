@@ -3,8 +3,9 @@
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 
@@ -30,6 +31,8 @@ from gdagrow_cli.plan_view import (
 )
 from gdagrow_cli.stopping import Stopped
 
+_NAMED: Final = 3  # tensors
+
 
 def run_expand(growing: Growing, out: Path | None, *, resume: bool, as_json: bool, quiet: bool) -> None:
     """Carry out a growth and say what was written.
@@ -53,6 +56,7 @@ def run_expand(growing: Growing, out: Path | None, *, resume: bool, as_json: boo
                 "seconds": seconds,
                 "files": files,
                 "resumed": expansion.resumed,
+                "not_finite": expansion.not_finite,
                 **growth,
             }
         )
@@ -103,6 +107,8 @@ def _print(console: Console, growing: Growing, expansion: Expansion, seconds: fl
     rate = bytes_text(expansion.num_bytes / max(seconds, 1e-9))
     content = "weights and moments" if growing.output.record else "weights"
     console.print(f"  {bytes_text(expansion.num_bytes)} of {content} in {files}, {seconds:.1f} s, {rate}/s")
+    if expansion.not_finite:
+        print_unbroken(console, f"  {_not_finite_text(expansion.not_finite)}")
     print_state(console, growing)
     print_companions(console, growing, expansion.companions)
     print_hints(console, growing)
@@ -115,6 +121,14 @@ def _print(console: Console, growing: Growing, expansion: Expansion, seconds: fl
         print_unbroken(console, f"  then train it, with the learning-rate multipliers in {record}")
     else:
         console.print("  then train it")
+
+
+def _not_finite_text(not_finite: Mapping[str, int]) -> str:
+    """What of the source is NaN or infinite: how much, and where most of it is."""
+    most = sorted(not_finite, key=lambda name: (-not_finite[name], name))
+    named = ", ".join(f"{not_finite[name]:,} for {name}" for name in most[:_NAMED])
+    more = f" and {len(most) - _NAMED} more, all in {RECORD_FILE}" if len(most) > _NAMED else ""
+    return f"{sum(not_finite.values()):,} values of the source are NaN or infinite and stay so: {named}{more}"
 
 
 def _quoted(path: Path) -> str:

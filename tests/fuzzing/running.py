@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -83,37 +84,47 @@ def random_of(seed: int, target: str, number: int) -> Random:
 def run_target(target: Target, directory: Path, seed: int, count: int) -> Outcome:
     """Run inputs `0` to `count` of a target in processes of their own: one that dies costs one input."""
     outcome, begun = Outcome(target.name, count), time.monotonic()
-    first = 0
-    while first < count:
-        reached = mmap.mmap(-1, 8)  # the input that is at work, seen from outside
-        reached[:8] = struct.pack("<q", first)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(reading)
-            try:
-                with os.fdopen(writing, "wb") as report:
-                    pickle.dump(_Child(target, directory / str(first), seed, reached).run(first, count), report)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        os.close(writing)
-        raw, died = _watched(child, reading, reached)
-        (number,) = struct.unpack("<q", reached[:8])
-        if raw:
-            found: Outcome = pickle.loads(raw)  # what our own process wrote
-        else:
-            content = _input(target, directory / str(first), seed, number)
-            found = Outcome(target.name, findings=[Finding(target.name, number, died, died, content)])
+    ranges = [(0, count)]
+    while ranges:
+        first, stop = ranges.pop()
+        place = directory / f"{first}-{stop}"
+        found, number = _run_range(target, place, seed, first, stop)
         outcome.accepted += found.accepted
         outcome.refused += found.refused
         outcome.slowest, outcome.peak = max(outcome.slowest, found.slowest), max(outcome.peak, found.peak)
         outcome.findings += found.findings
-        first = number + 1
+        ranges += [(number + 1, stop)] * (number + 1 < stop)
+        # What came before an input that ended its process was lost with it.
+        ranges += [(first, number)] * (found.inputs == 0 and number > first)
+        shutil.rmtree(place)
     outcome.seconds = time.monotonic() - begun
     return outcome
+
+
+def _run_range(target: Target, directory: Path, seed: int, first: int, stop: int) -> tuple[Outcome, int]:
+    """What inputs came to, and the last that was run; an outcome without inputs if that ended the process."""
+    reached = mmap.mmap(-1, 8)  # the input that is at work, seen from outside
+    reached[:8] = struct.pack("<q", first)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        try:
+            with os.fdopen(writing, "wb") as report:
+                pickle.dump(_Child(target, directory, seed, reached).run(first, stop), report)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    raw, died = _watched(child, reading, reached)
+    (number,) = struct.unpack("<q", reached[:8])
+    if raw:
+        found: Outcome = pickle.loads(raw)  # what our own process wrote
+        return found, number
+    content = _input(target, directory, seed, number)
+    return Outcome(target.name, findings=[Finding(target.name, number, died, died, content)]), number
 
 
 def _input(target: Target, directory: Path, seed: int, number: int) -> bytes:
@@ -155,7 +166,7 @@ class _Child:
 
     def run(self, first: int, count: int) -> Outcome:
         """Run inputs until `count`, or until one took so much memory that this process cannot tell any more."""
-        outcome = Outcome(self._target.name)
+        outcome = Outcome(self._target.name, count - first)
         self._directory.mkdir(parents=True)
         path, corpus, read = self._target.make(self._directory)
         (self._directory / "corpus").write_bytes(pickle.dumps(corpus))

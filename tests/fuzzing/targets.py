@@ -38,7 +38,6 @@ from gdagrow.train.run_directory import last_state
 from gdagrow.train.state_files import read_state
 from gdagrow.verify.ancestry import ancestry_from, last_growth, whole_ancestry
 from tests.checkpoints import write_checkpoint, write_distributed_state, write_training_state
-from tests.diffllama import save_diffllama
 from tests.experiments import experiment
 from tests.fuzzing import mutation
 from tests.fuzzing.mutation import Mutator
@@ -46,7 +45,7 @@ from tests.made_results import growth_results
 from tests.trainings import recipe as training
 
 # One input in so many goes through what takes longer: a growth that is carried out, a command that prints.
-THOROUGH: Final = 25
+THOROUGH: Final = 100
 
 Read = Callable[[int], None]
 
@@ -122,6 +121,8 @@ def _config(directory: Path) -> tuple[Path, list[bytes], Read]:
 
 
 def _diffllama(directory: Path) -> tuple[Path, list[bytes], Read]:
+    from tests.diffllama import save_diffllama  # which takes longer to import than all else here
+
     model = directory / "model"
     save_diffllama(model, (8, 4, 1, 4, 4, 2, False), dtype=torch.float32)
     path = model / "config.json"
@@ -262,7 +263,7 @@ def _optimizer(directory: Path) -> tuple[Path, list[bytes], Read]:
 
     def read(number: int) -> None:
         read_optimizer(header)
-        if number % 5 == 0:
+        if number % 10 == 0:
             prepare_growth(model, _GROW, moments="carry" if number % 2 else "reset")
 
     return path, [path.read_bytes()], read
@@ -332,7 +333,7 @@ def _values(directory: Path) -> tuple[Path, list[bytes], Read]:
 
     def read(number: int) -> None:
         read_state(model)
-        if number % 5 == 0:
+        if number % 10 == 0:
             prepare_growth(model, _GROW)
 
     return path, [path.read_bytes()], read
@@ -386,24 +387,24 @@ def void(_: object) -> None:
 TARGETS: Final = {
     target.name: target
     for target in (
-        Target("shard header", 20, mutation.of_shard, _of_model("model.safetensors")),
-        Target("index", 12, mutation.of_json, _of_model("model.safetensors.index.json", index=True)),
-        Target("config (Motif)", 12, mutation.of_json, _config),
+        Target("shard header", 25, mutation.of_shard, _of_model("model.safetensors")),
+        Target("index", 15, mutation.of_json, _of_model("model.safetensors.index.json", index=True)),
+        Target("config (Motif)", 15, mutation.of_json, _config),
         Target("config (DiffLlama)", 5, mutation.of_json, _diffllama),
-        Target("growth.json", 10, mutation.of_json, _record),
-        Target("recipe", 7, mutation.of_yaml, _recipe),
-        Target("selection", 4, mutation.of_yaml, _selection),
-        Target("like", 4, mutation.of_json, _like),
-        Target("training recipe", 4, mutation.of_yaml, _training),
-        Target("experiment", 2, mutation.of_yaml, _experiment),
-        Target("trainer_state.json", 4, mutation.of_json, _trainer_state),
-        Target("optimizer.pt", 3, mutation.of_torch_file, _optimizer),
+        Target("growth.json", 9, mutation.of_json, _record),
+        Target("recipe", 5, mutation.of_yaml, _recipe),
+        Target("selection", 5, mutation.of_yaml, _selection),
+        Target("like", 5, mutation.of_json, _like),
+        Target("training recipe", 3, mutation.of_yaml, _training),
+        Target("experiment", 1, mutation.of_yaml, _experiment),
+        Target("trainer_state.json", 3, mutation.of_json, _trainer_state),
+        Target("optimizer.pt", 2, mutation.of_torch_file, _optimizer),
         Target("scheduler.pt", 3, mutation.of_torch_file, _scheduler),
-        Target(".metadata", 5, mutation.of_pickle, _metadata),
-        Target(".distcp chunks", 3, mutation.of_bytes, _chunks),
-        Target(".distcp values", 1, mutation.of_bytes, _values),
-        Target("metrics.jsonl", 3, mutation.of_lines, _metrics),
-        Target("tokens (data.json)", 1, mutation.of_json, _tokens),
+        Target(".metadata", 3, mutation.of_pickle, _metadata),
+        Target(".distcp chunks", 4, mutation.of_bytes, _chunks),
+        Target(".distcp values", 0.5, mutation.of_bytes, _values),
+        Target("metrics.jsonl", 4, mutation.of_lines, _metrics),
+        Target("tokens (data.json)", 2, mutation.of_json, _tokens),
         Target("results.json", 1, mutation.of_json, _results),
     )
 }

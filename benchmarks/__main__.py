@@ -125,9 +125,11 @@ def machine(work: Path) -> dict[str, Any]:
     described = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(": ")[2] for line in described if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    disk = subprocess.run(["stat", "-f", "-c", "%T", work], capture_output=True, text=True, check=True).stdout.strip()
+    disk = subprocess.run(["df", "--output=fstype", work], capture_output=True, text=True, check=True).stdout.split()[
+        -1
+    ]
     return {"CPU": next(iter(models), platform.machine()), "cores": os.cpu_count(),
-            "memory": f"{memory / 2**30:.0f} GiB", "Linux": platform.release(), "disk": disk}  # fmt: skip
+            "memory": f"{memory / 2**30:.0f} GiB", "Linux": platform.release().partition("-")[0], "disk": disk}  # fmt: skip
 
 
 def _commit() -> str:

@@ -40,14 +40,18 @@ def gda_config(*, num_layers: int, hidden: int) -> dict[str, Any]:
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a Motif model of this config has without biases, by name."""
+    """The shape of every tensor that a Motif model of this config has without biases, by name, layer by layer."""
     motif = Motif()
     axes = motif.sizes(config).axes
-    return {
-        row.name.format(layer=layer): row.parsed.shape(axes)
-        for row in motif.table(config) if not row.optional
-        for layer in range(config["num_hidden_layers"] if row.is_layered else 1)
-    }  # fmt: skip
+    rows = [row for row in motif.table(config) if not row.optional]
+    first = next(index for index, row in enumerate(rows) if row.is_layered)
+    layered = [row for row in rows if row.is_layered]
+    in_order = [
+        *((row, 0) for row in rows[:first]),
+        *((row, layer) for layer in range(config["num_hidden_layers"]) for row in layered),
+        *((row, 0) for row in rows[first:] if not row.is_layered),
+    ]
+    return {row.name.format(layer=layer): row.parsed.shape(axes) for row, layer in in_order}
 
 
 def write_checkpoint(

@@ -25,7 +25,7 @@ _PAGE_CACHE = 2_500_000_000
 
 
 class Growth(NamedTuple):
-    """A source and what is made of it; `gigabytes` are chosen so that each comes to about 2 GB."""
+    """A source and what is made of it; `gigabytes` are chosen so that each comes to 2 to 4 GB."""
 
     name: str
     dtype: str

@@ -1,12 +1,12 @@
 """Faults below the writers at every call that changes a file, for every command that writes: what is lost is counted.
 
-    python benchmarks/faults.py [--dir DIR] [--only WORD]
+    python benchmarks/faults.py [--dir DIR] [--only WORD] [--every 1]
 
-For each writer: `kill -9` before every call, behind every call, and in the midst of every write; ENOSPC, EIO and EDQUOT
-at every call; writes cut short at every call; SIGINT or SIGTERM at every call. After each: the target is whole, byte for
-byte, or not there; the source is as it was; an error is one sentence and leaves nothing; what a kill left is removed, or
-gone on with, by the next run. Then the source is changed at every call in each of five ways. Needs a C compiler, some
-10 minutes of one core and 100 MB of disk. Prints a table, and one JSON object as the last line.
+For each writer: `kill -9` before a call, behind it, and in the midst of every write; ENOSPC, EIO and EDQUOT at a call;
+a write cut short; SIGINT or SIGTERM. After each: the target is whole, byte for byte, or not there; the source is as it
+was; an error is one sentence and leaves nothing; what a kill left is removed, or gone on with, by the next run. Then
+the source is changed in each of five ways. Needs a C compiler, some 10 minutes of one idle core and 100 MB of disk;
+prints a table, and one JSON object as the last line.
 """
 
 import argparse
@@ -19,10 +19,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "cli")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.checkpoints import listing
 from tests.faults.cases import (
     DISTRIBUTED,
     EXPORT,
@@ -51,21 +54,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, help="where to work (default: a temporary directory)")
     parser.add_argument("--only", default="", help="writers with this in their name alone")
+    parser.add_argument("--every", type=int, default=1, help="a sample: at every so many calls alone")
     options = parser.parse_args()
     work, began = Path(mkdtemp(prefix="gdagrow-faults-", dir=options.dir)), time.perf_counter()
-    trials = {case.name: disturbed for case in CASES for disturbed in [lambda at, c=case: disturb(at, c)]}
+    trials: dict[str, Callable[[Path, int], Figures]] = {case.name: partial(disturb, case) for case in CASES}
     trials |= {
-        "expand --resume": lambda at: gone_on_with(at, SHARDS),
-        "source changed": lambda at: changed(at, SHARDS),
-        "train": trained,
-    }
+        "expand --resume": partial(gone_on_with, SHARDS), "expand, source changed": partial(changed, SHARDS),
+        "train: state, growth, model, restart": trained,
+    }  # fmt: skip
     table: dict[str, Figures] = {}
     try:
         print(f"{'writer':38}{'calls':>7}{'faults':>8}{'whole':>7}{'absent':>8}{'losses':>8}{'seconds':>9}")
         for name, trial in trials.items():
             if options.only in name:
                 start = time.perf_counter()
-                table[name] = trial(work / name.replace(" ", "-"))
+                table[name] = trial(work / name.replace(" ", "-"), options.every)
                 told = "".join(f"{table[name][key]:{width}}" for key, width in
                                (("calls", 7), ("faults", 8), ("whole", 7), ("absent", 8), ("losses", 8)))  # fmt: skip
                 print(f"{name:38}{told}{time.perf_counter() - start:9.0f}", flush=True)
@@ -87,12 +90,12 @@ def counted(figures: Figures, what: object, trial: object) -> None:
         print(f"  lost: {what}: {str(loss)[:500]}", file=sys.stderr)
 
 
-def disturb(directory: Path, case: Case) -> Figures:
+def disturb(case: Case, directory: Path, every: int) -> Figures:
     """Every fault at every call of a command."""
     with Forker() as forker:
         trials = Trials(forker, case, directory)
         figures = Figures(calls=len(trials.calls))
-        for at, call in enumerate(trials.calls, 1):
+        for at, call in list(enumerate(trials.calls, 1))[::every]:
             for kind in ("before", "after", *(["torn"] if call.split()[0] in WRITES else [])):
                 counted(figures, (case.name, call, kind), lambda at=at, kind=kind: behind_a_kill(trials, kind, at))
             for number in ERRORS:
@@ -101,7 +104,6 @@ def disturb(directory: Path, case: Case) -> Figures:
             counted(figures, (case.name, call, number), lambda at=at, number=number: trials.stopped(at, number))
             if call.split()[0] in WRITES:
                 counted(figures, (case.name, call, "short"), lambda at=at: trials.shortened(at))
-        counted(figures, (case.name, "every write short"), trials.shortened)
     return figures
 
 
@@ -113,12 +115,12 @@ def behind_a_kill(trials: Trials, kind: str, at: int) -> str:
     return found
 
 
-def gone_on_with(directory: Path, case: Case) -> Figures:
+def gone_on_with(case: Case, directory: Path, every: int) -> Figures:
     """A kill at every call, twice, and `--resume` behind both."""
     with Forker() as forker:
         trials = Trials(forker, case, directory, "--resume")
         figures = Figures(calls=len(trials.calls))
-        for at, call in enumerate(trials.calls, 1):
+        for at, call in list(enumerate(trials.calls, 1))[::every]:
             for kind in ("before", *(["torn"] if call.split()[0] in WRITES else [])):
                 counted(figures, (case.name, call, kind), lambda at=at, kind=kind: killed_twice(trials, kind, at))
     return figures
@@ -133,7 +135,7 @@ def killed_twice(trials: Trials, kind: str, at: int) -> str:
     return found
 
 
-def changed(directory: Path, case: Case) -> Figures:
+def changed(case: Case, directory: Path, every: int) -> Figures:
     """The source changes at every call: refused, or what was made is of the old bytes."""
     directory.mkdir()
     case.write(directory / "kept")
@@ -141,7 +143,7 @@ def changed(directory: Path, case: Case) -> Figures:
     words, target, figures = case.words(directory), directory / TARGET, Figures()
     with Forker() as forker:
         calls = forker.run(directory, *words, fault=Fault()).calls
-        whole = {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
+        whole = listing(target)
         figures["calls"] = len(calls)
         shutil.rmtree(target)
 
@@ -165,18 +167,18 @@ def changed(directory: Path, case: Case) -> Figures:
                     shutil.rmtree(directory / name)
                 shutil.copytree(directory / "kept", directory / "source")
 
-        for at, call in enumerate(calls, 1):
+        for at, call in list(enumerate(calls, 1))[::every]:
             for change in CHANGES:
                 counted(figures, ("source", call, change), lambda at=at, change=change: trial(at, change))
     return figures
 
 
-def trained(directory: Path) -> Figures:
+def trained(directory: Path, every: int) -> Figures:
     """What a training run saves, grows, publishes and removes; see tests/faults/saving.py."""
     directory.mkdir()
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.faults.saving", directory, "--every", "2"], capture_output=True, text=True,
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library())}, check=False,
+        [sys.executable, "-m", "tests.faults.saving", directory, "--every", str(2 * every)], capture_output=True,
+        text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "LD_PRELOAD": str(library())}, check=False,
     )  # fmt: skip
     if ended.returncode:
         print(ended.stderr[-2000:], file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Final
 
 from gdagrow.errors import CheckpointError, OutputError
 from gdagrow.formats.links import require_inside
+from gdagrow.formats.safetensors_header import INDEX_FILE, read_weight_map
 from gdagrow.formats.watched import WatchedFiles
 
 # What of a source is not carried along, and why: pattern of a name, reason. A trailing slash means a directory.
@@ -64,6 +65,8 @@ def list_companions(source: Path, carried: Collection[str] = ()) -> Companions:
     def unreadable(error: OSError) -> None:
         raise CheckpointError(f"{error.filename} cannot be listed ({error.strerror}); check the directory")
 
+    # Whatever they are called: the index of a checkpoint may name its files as it likes.
+    shards = set(read_weight_map(source).values()) if (source / INDEX_FILE).exists() else set()
     for directory, subdirectories, names in os.walk(source, onerror=unreadable):
         for name in list(subdirectories):
             path = Path(directory, name)
@@ -73,7 +76,7 @@ def list_companions(source: Path, carried: Collection[str] = ()) -> Companions:
         for name in names:
             path = Path(directory, name)
             relative = path.relative_to(source).as_posix()
-            if reason := _reason_to_skip_file(source, path, carried):
+            if reason := _WEIGHTS if relative in shards else _reason_to_skip_file(source, path, carried):
                 skipped.append(SkippedFile(relative, reason))
             else:
                 copied.append(relative)

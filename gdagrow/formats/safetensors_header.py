@@ -43,7 +43,7 @@ def read_header(directory: Path) -> Header:
         raise CheckpointError(
             f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors weights are read, convert others"
         )
-    weight_map = _read_weight_map(directory) if index else None
+    weight_map = read_weight_map(directory) if index else None
     shards = sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]
     infos: list[TensorInfo] = []
     metadata: dict[str, str] = {}
@@ -187,7 +187,7 @@ def _misplaced(infos: list[TensorInfo], weight_map: Mapping[str, str]) -> list[s
     ]
 
 
-def _read_weight_map(directory: Path) -> dict[str, str]:
+def read_weight_map(directory: Path) -> dict[str, str]:
     weight_map = _read_json(directory, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / INDEX_FILE}: expected a non-empty object weight_map; restore the file")

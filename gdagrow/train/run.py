@@ -223,7 +223,10 @@ class _Run:
         seed, is_first = self._recipe.seed, self._processes.is_first
         model = build_model(header.config, header.tensors, weights, seed, is_first=is_first)
         if self._recipe.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            name = "activation_checkpointing_enable"
+            # The name before transformers 5.21, and so on Python 3.10.
+            name = name if hasattr(model, name) else "gradient_checkpointing_enable"
+            getattr(model, name)({"use_reentrant": False})
         return model
 
     def _publish_model(self, state: Path) -> None:

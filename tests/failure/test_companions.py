@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 from pathlib import Path
@@ -41,6 +42,7 @@ def source(tmp_path: Path) -> Path:
         path = source / (f"{name}inside.txt" if name.endswith("/") else name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"content of {name}")
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
     return source
 
 
@@ -123,3 +125,15 @@ def test_a_directory_that_is_gone(tmp_path: Path) -> None:
         CheckpointError, match=r"gone cannot be listed \(No such file or directory\); check the directory"
     ):
         list_companions(tmp_path / "gone")
+
+
+def test_weights_of_any_name_that_the_index_gives_them(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "weights", "b": "model.tensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("weights", "model.tensors", "notes"):
+        (tmp_path / name).write_text("")
+    companions = list_companions(tmp_path)
+    assert companions.copied == ("notes",)
+    assert [skip.path for skip in companions.skipped if skip.reason == "weights of the source"] == [
+        "model.safetensors.index.json", "model.tensors", "weights",
+    ]  # fmt: skip

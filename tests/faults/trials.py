@@ -8,7 +8,7 @@ from pathlib import Path
 from gdagrow.formats.journal import num_finished
 from tests.checkpoints import listing
 from tests.faults.cases import TARGET, Case, require_readable
-from tests.faults.injector import Ended, Fault, Forker
+from tests.faults.injector import EVERY_CALL, Ended, Fault, Forker
 
 WHOLE, ABSENT = "whole", "absent"
 REMOVALS = ("unlink", "rmdir")
@@ -92,12 +92,14 @@ class Trials:
         assert told in ended.err, (at, ended)
         return found
 
-    def shortened(self, at: int = 0) -> None:
-        """Writes are cut short: the same bytes come to be."""
+    def shortened(self, at: int = EVERY_CALL) -> str:
+        """A write is cut short, or each: the same bytes come to be."""
         self.clear()
         ended = self.run(Fault("short", at))
         assert (ended.code, ended.err) == (0, ""), (at, ended)
-        assert self.found("short") == WHOLE
+        found = self.found("short")
+        assert found == WHOLE
+        return found
 
     def resumed(self) -> int:
         """With `--resume`, a run that nothing disturbs makes the target; how many files it found finished and kept."""

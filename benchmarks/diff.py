@@ -30,7 +30,7 @@ def weights(settings: Settings) -> Iterator[Case]:
 
 def logits(settings: Settings) -> Iterator[Case]:
     """`diff --logits` beside two plain forwards."""
-    gigabytes = 0.01 if settings.quick else 0.6
+    gigabytes = 0.01 if settings.quick else 0.5
     yield _grown(settings, "bf16", "--signal-x2", gigabytes, rounds=settings.num_rounds(2), arms=_against_forwards)
 
 

@@ -25,7 +25,7 @@ _PAGE_CACHE = 2_500_000_000
 
 
 class Growth(NamedTuple):
-    """A source and what is made of it; `gigabytes` are chosen so that each comes to 2 to 4 GB."""
+    """A source and what is made of it; `gigabytes` are chosen so that each comes to 1.5 to 4 GB."""
 
     name: str
     dtype: str
@@ -37,12 +37,12 @@ class Growth(NamedTuple):
 _X2 = "--hidden-x2 --ffn-x2 --signal-x2"
 _UNEVEN = "--ratio 4:1 --hidden-to 2560"
 GROWTHS = (
-    Growth("bf16, x2", "bf16", _X2, 0.6),
+    Growth("bf16, x2", "bf16", _X2, 0.5),
     Growth("bf16, x3", "bf16", "--uniform-x3", 0.4),
-    Growth("bf16, uneven", "bf16", _UNEVEN, 1.4),
+    Growth("bf16, uneven", "bf16", _UNEVEN, 1.2),
     Growth("fp32, x2", "fp32", _X2, 0.8),
     Growth("fp32, x3", "fp32", "--uniform-x3", 0.65),
-    Growth("bf16, x2, shards", "bf16", _X2, 0.6, sharded=True),
+    Growth("bf16, x2, shards", "bf16", _X2, 0.5, sharded=True),
 )
 # Of the source, in GB: outputs of 0.1 to 10 GB.
 _SIZES = (0.04, 0.1, 0.33, 0.9, 2.75)

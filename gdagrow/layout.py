@@ -13,8 +13,8 @@ from gdagrow.plan import GrowthPlan, TensorPlan
 from gdagrow.views import View
 
 CHUNK_BYTES: Final = 8 * 2**20  # of output
-NUM_CHUNKS: Final = 16  # in memory, whatever the model: kept, being grown or being written
-KEPT_CHUNKS: Final = 12  # of them kept for further copies of their rows; the others never wait for these
+NUM_CHUNKS: Final = 12  # in memory, whatever the model: kept, being grown or being written
+KEPT_CHUNKS: Final = 8  # of them kept for further copies of their rows; the others never wait for these
 
 # The most that the arithmetic of a split was seen to hold for each weight of a block, with up to 40 copies in every
 # dtype: some 20 numbers of 8 bytes, and with noise for each copy a random word and two numbers made of it.

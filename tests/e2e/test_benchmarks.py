@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE, DATA = (ROOT / "docs" / f"benchmarks.{kind}" for kind in ("md", "json"))
-# The bound that is promised for every model: anonymous memory above Python with torch, in MiB.
+# The bound that is promised for every model: anonymous memory, Python and torch included, in MiB.
 BOUND = 300
 
 
@@ -42,7 +42,7 @@ def test_expand_benchmark_and_the_bound_on_memory(tmp_path: Path) -> None:
     assert facts["output_bytes"] > 3 * facts["source_bytes"] > 3 * 120e6
     assert set(arms) == {"exact", "noise", "dd", "direct", "cp"}
     for arm in ("exact", "noise"):
-        assert arms[arm]["anonymous"] - facts["torch_anonymous"] < BOUND
+        assert arms[arm]["anonymous"] < BOUND
         assert arms[arm]["device_written"] == pytest.approx(facts["output_bytes"], rel=0.01)
 
 
@@ -86,6 +86,7 @@ def test_state_benchmark_and_the_bound_on_memory(tmp_path: Path) -> None:
     (case,) = cases_of(tmp_path, "state")
     (arms,) = case["rounds"]
     assert arms["state"]["bytes"] > 300e6
+    # What lays out a file of `torch.save` takes half as much as torch itself.
     for found in arms.values():
         assert found["anonymous"] - case["facts"]["torch_anonymous"] < BOUND
 

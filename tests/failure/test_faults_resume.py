@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.cases import SHARDS, TARGET
-from tests.faults.changes import write_and_set_time
+from tests.faults.changes import write_into
 from tests.faults.injector import Fault, Forker
 from tests.faults.trials import ABSENT, Trials
 
@@ -50,14 +50,14 @@ def test_a_kill_while_it_goes_on(trials: Trials) -> None:
 
 
 def test_a_source_that_changed_in_between_is_refused(forker: Forker, tmp_path: Path) -> None:
-    """Also one whose size and time are what they were; without --resume the growth begins anew."""
+    """Without --resume the growth begins anew."""
     words = SHARDS.words(tmp_path)
     SHARDS.write(tmp_path / "source")
     calls = forker.run(tmp_path, *words, fault=Fault()).calls
     shutil.rmtree(tmp_path / TARGET)
     last = next(at for at, call in enumerate(calls, 1) if call.endswith("config.json"))
     assert forker.run(tmp_path, *words, "--resume", fault=Fault("before", last)).code == -signal.SIGKILL
-    write_and_set_time(max((tmp_path / "source").glob("*.safetensors")))
+    write_into(max((tmp_path / "source").glob("*.safetensors")))
     refused = forker.run(tmp_path, *words, "--resume")
     assert refused.code == 2
     assert (
@@ -69,9 +69,11 @@ def test_a_source_that_changed_in_between_is_refused(forker: Forker, tmp_path: P
 
 
 def test_two_that_go_on_at_once(trials: Trials) -> None:
+    words = SHARDS.words(trials.target.parent)
     trials.killed("before", finished_calls(trials)[0] + 3)
     child = trials.pause(20, clear=False)
-    second = trials.run()
+    with Forker() as other:
+        second = other.run(trials.target.parent, *words, "--resume")
     assert (second.code, trials.target.exists()) == (2, False)
     assert "is being written by another process" in second.err
     os.kill(child, signal.SIGCONT)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from gdagrow.errors import OutputError, ResumeError
 from gdagrow.formats.digests import FileDigest
+from gdagrow.formats.small_file import read_small_file
 
 JOURNAL_FILE: Final = "journal.jsonl"
 
@@ -89,13 +90,13 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines: list[dict[str, Any]] = []
     num_bytes = 0
     try:
-        for text in path.read_bytes().splitlines(keepends=True):
+        for text in read_small_file(path).splitlines(keepends=True):
             line = json.loads(text)
             if not text.endswith(b"\n") or not isinstance(line, dict) or (lines and not _is_file(line)):
                 break
             lines.append(line)
             num_bytes += len(text)
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):  # a CheckpointError is a ValueError
         pass
     return lines, num_bytes
 

@@ -4,21 +4,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gdagrow import expand as expanding
 from gdagrow.errors import CheckpointError, OutputError, ResumeError
 from gdagrow.expand import Expansion, expand
 from gdagrow.formats import digests
-from gdagrow.formats.journal import JOURNAL_FILE
+from gdagrow.formats.journal import JOURNAL_FILE, Journal
 from gdagrow.formats.publish import unfinished
 from gdagrow.growing import prepare_growth
 from gdagrow.recipe import make_recipe
 from tests.checkpoints import listing, write_checkpoint, write_distributed_state, write_training_state
 from tests.command import call
+from tests.growths import RANDOM
 
 NOISY = {"hidden": 2, "signal": 2, "seed": 3}
 
@@ -134,6 +139,28 @@ def test_a_line_of_the_journal_that_was_cut_short_never_stood(source: Path, tmp_
     assert left.read_bytes().startswith(b"".join(lines[:-1]))
     assert len(grow(source, tmp_path / "grown").resumed) >= len(lines) - 2
     assert listing(tmp_path / "grown") == listing(tmp_path / "whole")
+
+
+@settings(RANDOM, max_examples=200)
+@given(st.data())
+def test_a_journal_of_any_bytes(data: st.DataObject) -> None:
+    """It continues nothing, or is of another growth; what it says is never more than it was told."""
+    first = json.dumps({"the recipe": "1"}).encode() + b"\n"
+    line = json.dumps({"file": "a", "bytes": 1, "sha256": "0"}).encode() + b"\n"
+    deep = b"[" * 100_000 + b"\n"
+    parts = st.one_of(st.binary(max_size=40), st.sampled_from([first, line, deep, b"{}\n", b'{"bytes": NaN}\n', b"\n"]))
+    content = b"".join(data.draw(st.lists(parts, max_size=5)))
+    with TemporaryDirectory() as directory:
+        place, journal = Path(directory), Journal({"the recipe": "1"})
+        (place / JOURNAL_FILE).write_bytes(content)
+        with suppress(ResumeError):
+            assert journal.continues(place) == content.startswith(first + line)
+        assert set(journal.open(place)) <= {"a"}
+
+
+def test_a_pipe_in_the_place_of_a_journal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / JOURNAL_FILE)
+    assert not Journal({"the recipe": "1"}).continues(tmp_path)
 
 
 def test_another_growth_is_refused_and_nothing_is_lost(source: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from tests.faults.cases import (
 )
 from tests.faults.changes import CHANGES
 from tests.faults.injector import ROOT, WRITES, Fault, Forker, library
-from tests.faults.trials import ABSENT, Trials
+from tests.faults.trials import ABSENT, WHOLE, Trials
 
 CASES = [
     SHARDS, SHARDS_FLOAT32, ONE_FILE, TRAINER, DISTRIBUTED, TO_DCP, TO_SAFETENSORS, EXPORT, EXPORT_WITH_CODE,
@@ -155,13 +155,10 @@ def changed(case: Case, directory: Path, every: int) -> Figures:
             ended = forker.wait()
             try:
                 assert (ended.code, target.exists()) in ((0, True), (2, False)), ended
-                made = (
-                    {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
-                    if target.exists()
-                    else whole
-                )
-                assert made == whole, "grown of bytes that were not hashed"
-                return ABSENT if ended.code else "whole"
+                if ended.code:
+                    return ABSENT
+                assert listing(target) == whole, "grown of bytes that were not hashed"
+                return WHOLE
             finally:
                 for name in set(os.listdir(directory)) - {"kept"}:
                     shutil.rmtree(directory / name)

@@ -167,7 +167,8 @@ class Sweep:
 
     def _keep(self) -> None:
         saving = saving_directory(self.run)
-        look = (*self._names(), *(sorted(os.listdir(saving)) if saving.exists() else ()))
+        unfinished = sorted(os.listdir(saving)) if saving.exists() else []
+        look = (*self._names(), *(f"{saving.name}/{name}" for name in unfinished))
         look = (*look, str(len(self.left))) if self._resume_all else look
         if look not in self.left:
             self.left[look] = self._directory / f"left-{len(self.left)}"

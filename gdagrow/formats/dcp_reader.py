@@ -1,6 +1,5 @@
 """Read rows of the tensors in a DCP directory, whatever chunks they were saved in."""
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing_extensions import Self
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.dcp_blob import BlobError, StridedBytes, locate
 from gdagrow.formats.dcp_metadata import Blob, Chunk, DcpMetadata, StoredTensor
+from gdagrow.formats.file_writer import tensor_bytes
 from gdagrow.formats.torch_dtypes import DTYPES
 from gdagrow.formats.watched import file_stat
 
@@ -25,9 +25,7 @@ _LOCATED: Final = 4096  # chunks whose place is remembered; rows are read in ord
 class DcpReader:
     """The tensors and values of a DCP directory by their keys.
 
-    Like `TensorReader`: a tensor that is returned owns a mapping of its own bytes where one chunk holds them all in
-    order and aligned, else it is put together in memory. Files are opened when rows are read, so that any number of
-    them will do; several threads may read at once.
+    Files are opened when rows are read, so that any number of them will do; several threads may read at once.
     """
 
     def __init__(self, stored: DcpMetadata) -> None:
@@ -85,31 +83,34 @@ class DcpReader:
         """
         blob = self._stored.blobs[key]
         with self._opened(blob) as file:
-            return os.pread(file, blob.length, blob.start)
+            octets = os.pread(file, blob.length, blob.start)
+        if len(octets) != blob.length:
+            raise self._changed(blob)
+        return octets
 
     def _chunk_rows(self, tensor: StoredTensor, chunk: Chunk, begin: int, end: int) -> torch.Tensor:
         """The part of rows `[begin, end)` of a tensor that a chunk holds."""
         found = self._locate(tensor.key, chunk)
         if not chunk.sizes:
-            return self._map(chunk.blob, found)
+            return self._read(chunk.blob, found)
         first = max(begin - chunk.offsets[0], 0)
         last = min(end - chunk.offsets[0], chunk.sizes[0])
         if not found.is_contiguous:
-            return self._map(chunk.blob, found)[first:last]
+            return self._read(chunk.blob, found)[first:last]
         row_bytes = found.num_bytes // chunk.sizes[0]
         part = replace(found, shape=(last - first, *found.shape[1:]), start=found.start + first * row_bytes,
                        num_bytes=(last - first) * row_bytes)  # fmt: skip
-        return self._map(chunk.blob, part)
+        return self._read(chunk.blob, part)
 
-    def _map(self, blob: Blob, found: StridedBytes) -> torch.Tensor:
-        dtype, skipped = DTYPES[found.dtype], found.start % mmap.ALLOCATIONGRANULARITY
+    def _read(self, blob: Blob, found: StridedBytes) -> torch.Tensor:
+        octets = torch.empty(found.num_bytes, dtype=torch.uint8)
+        left, start = tensor_bytes(octets), found.start
         with self._opened(blob) as file:
-            # A private writable mapping, since torch warns of buffers that it could not write to.
-            mapped = mmap.mmap(file, skipped + found.num_bytes, access=mmap.ACCESS_COPY, offset=found.start - skipped)
-        octets = torch.frombuffer(mapped, dtype=torch.uint8, count=found.num_bytes, offset=skipped)
-        if found.start % dtype.itemsize:
-            octets = octets.clone()
-        return octets.view(dtype).as_strided(found.shape, found.strides)
+            while left:
+                if not (count := os.preadv(file, [left], start)):
+                    raise self._changed(blob)
+                left, start = left[count:], start + count
+        return octets.view(DTYPES[found.dtype]).as_strided(found.shape, found.strides)
 
     def _locate_chunk(self, key: str, chunk: Chunk) -> StridedBytes:
         tensor, what = self._stored.tensors[key], ""
@@ -131,14 +132,18 @@ class DcpReader:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if file_stat(os.fstat(file)) != self._stored.files[blob.file]:
-                    raise CheckpointError(
-                        f"{path} changed since its directory was read; let nothing write to the source, and start again"
-                    )
+                    raise self._changed(blob)
                 yield file
             finally:
                 os.close(file)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
+
+    def _changed(self, blob: Blob) -> CheckpointError:
+        return CheckpointError(
+            f"{self._stored.directory / blob.file} changed since its directory was read; let nothing write to the "
+            "source, and start again"
+        )
 
 
 def _overlaps(chunk: Chunk, begin: int, end: int) -> bool:

@@ -66,7 +66,8 @@ def unfinished(target: Path) -> Path | None:
     target = Path(os.path.abspath(target))
     if not target.parent.is_dir():
         return None
-    return next((path for path in target.parent.iterdir() if _is_place_of(target, path)), None)
+    places = (path for path in target.parent.iterdir() if _is_place_of(target, path))
+    return next((path for path in places if (path / _OUTPUT).is_dir()), None)  # else it was published since
 
 
 def _require_free(target: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from gdagrow.errors import CheckpointError
 from gdagrow.formats.safetensors_header import read_header
 from gdagrow.formats.safetensors_reader import TensorReader
-from gdagrow.formats.weight_files import WeightFiles
+from gdagrow.formats.weight_files import RowsInFile, WeightFiles
 from gdagrow.header import Header
 
 
@@ -62,7 +63,7 @@ def test_rows_are_the_stored_bits(tmp_path: Path, dtype: torch.dtype) -> None:
         assert torch.equal(reader.rows("scalar", 0, 1), tensors["scalar"])
 
 
-def test_views_survive_the_reader_and_writing_to_them_does_not_reach_the_file(tmp_path: Path) -> None:
+def test_tensors_survive_the_reader_and_writing_to_them_does_not_reach_the_file(tmp_path: Path) -> None:
     with TensorReader(checkpoint(tmp_path, {"w": torch.ones(100)})) as reader:
         view = reader.tensor("w")
     view.zero_()
@@ -101,20 +102,34 @@ def status_kib(kind: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_reading_takes_no_anonymous_memory_and_gives_file_pages_back(tmp_path: Path) -> None:
+def test_reading_takes_the_memory_of_what_is_read_and_gives_it_back(tmp_path: Path) -> None:
     sparse(tmp_path, [64, 2**20], "F32", 4)
     with TensorReader(read_header(tmp_path)) as reader:
         reader.rows("w", 0, 1).sum()
         gc.collect()
-        anonymous, mapped = status_kib("RssAnon"), status_kib("RssFile")
+        before = status_kib("RssAnon")
         for row in range(0, 64, 4):
-            view = reader.rows("w", row, row + 4)
-            assert view.sum().item() == 0
-            assert status_kib("RssAnon") - anonymous < 4 * 1024
-            # 16 MiB are in use, and 16 more while the next view replaces this one.
-            assert status_kib("RssFile") - mapped < 40 * 1024
-        del view
-        assert status_kib("RssFile") - mapped < 8 * 1024
+            rows = reader.rows("w", row, row + 4)
+            assert rows.sum().item() == 0
+            # 16 MiB are in use, and 16 more while the next rows replace these.
+            assert status_kib("RssAnon") - before < 40 * 1024
+        del rows
+        assert status_kib("RssAnon") - before < 8 * 1024
+
+
+def test_a_file_that_is_cut_off_while_it_is_open_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the look at its size, as it may happen: of a mapped file, the process would end here."""
+    with TensorReader(checkpoint(tmp_path, {"w": torch.ones(5000, 3)})) as reader:
+        find = reader.find
+
+        def cut(*rows: Any) -> RowsInFile:
+            found = find(*rows)
+            os.truncate(tmp_path / "model.safetensors", found.start + 5000)
+            return found
+
+        monkeypatch.setattr(reader, "find", cut)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was being read"):
+            reader.rows("w", 0, 5000)
 
 
 def test_a_dtype_that_is_no_float_is_refused(tmp_path: Path) -> None:

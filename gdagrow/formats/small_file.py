@@ -20,9 +20,10 @@ def read_small_file(path: Path, at_most: int = MAX_BYTES) -> bytes:
     try:
         # Without O_NONBLOCK a pipe would be waited for before anything could be said of it.
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise CheckpointError(f"{path} is not a regular file; restore it")
-            raw = file.read(at_most + 1)
+            raw = file.read(min(found.st_size, at_most) + 1)  # for which memory is set aside first
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
     if len(raw) > at_most:

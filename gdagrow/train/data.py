@@ -25,6 +25,7 @@ STDLIB: Final = "{stdlib}"
 _TEXT_BYTES: Final = 2**22  # of a text that are tokenised at once, up to the end of a line
 _ROWS: Final = 1000  # of JSONL or parquet that are tokenised at once
 _DESCRIPTION: Final = "data.json"
+_WHOLE_NUMBERS: Final = frozenset(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -135,7 +136,10 @@ def open_tokens(source: DataSource, directory: Path, length: int, vocab: int) ->
     try:
         described = json.loads((directory / _DESCRIPTION).read_bytes())
         parts = {
-            part: [TokenFile(directory / f["path"], f["dtype"], f["offset"], f["num_tokens"]) for f in described[part]]
+            part: [
+                TokenFile(directory / f["path"], _whole_numbers(f["dtype"]), f["offset"], f["num_tokens"])
+                for f in described[part]
+            ]
             for part in ("train", "evaluation")
         }
         train = Windows(parts["train"], length, vocab)
@@ -149,6 +153,13 @@ def open_tokens(source: DataSource, directory: Path, length: int, vocab: int) ->
         if windows is not None and len(windows) == 0:
             raise TrainError(f"data: the {name} text is shorter than one sequence of {length} tokens; give more of it")
     return train, held_out
+
+
+def _whole_numbers(name: Any) -> str:
+    """The dtype of tokens, by the only names that are shown to numpy, which evaluates what is more."""
+    if name not in _WHOLE_NUMBERS:
+        raise ValueError(f"tokens of dtype {name!r}")
+    return str(name)
 
 
 def _prepared(

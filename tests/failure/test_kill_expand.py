@@ -1,4 +1,7 @@
-"""`kill -9` at random moments of an expand: never a target that is not whole, and a rerun succeeds."""
+"""`kill -9` at random moments of a larger expand: never a target that is not whole, and a rerun succeeds.
+
+`test_faults.py` kills small ones at every call; here several blocks and threads are under way.
+"""
 
 import hashlib
 import json
@@ -21,9 +24,9 @@ from gdagrow.reading import open_reader
 from tests.checkpoints import write_checkpoint, write_distributed_state, write_training_state
 
 ROOT = Path(__file__).parents[2]
-NUM_KILLS = 20
+NUM_KILLS = 8
 
-# One process that has imported torch forks the expands, each a process of its own, so that twenty cost no twenty
+# One process that has imported torch forks the expands, each a process of its own, so that eight cost no eight
 # imports. It never starts a thread itself, which a fork would not survive.
 FORKER = """
 import os, signal, sys
@@ -237,7 +240,7 @@ def test_a_training_state_killed_at_any_byte(tmp_path: Path, kind: str, write: C
         remove(expands.target)
         moments = random.Random(1)
         killed = 0
-        for _ in range(8):
+        for _ in range(4):
             child, stop_at, began = expands.start(), moments.uniform(0, total), time.monotonic()
             while expands.num_bytes_written() < stop_at and not expands.target.exists():
                 assert time.monotonic() - began < 60, "nothing is written"
@@ -247,7 +250,7 @@ def test_a_training_state_killed_at_any_byte(tmp_path: Path, kind: str, write: C
             if expands.target.exists():
                 require_whole_state(expands.target, kind)
                 remove(expands.target)
-        assert killed >= 4, "hardly a run was killed while it wrote"
+        assert killed >= 2, "hardly a run was killed while it wrote"
         expands.start()
         assert expands.wait() == 0
         require_whole_state(expands.target, kind)

@@ -179,6 +179,8 @@ class _Child:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + _SPACE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        # The peak begins anew: that of the process this is a fork of may lie far above what it has now.
+        Path("/proc/self/clear_refs").write_text("5")
         signal.signal(signal.SIGPROF, _too_slow)
         sys.addaudithook(self._audit)
         for number in range(first, count):

@@ -121,3 +121,16 @@ def test_bytes_beyond_a_small_vocabulary_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     with pytest.raises(TrainError, match="token 117 of tokenizer bytes is outside the model's vocabulary of 61"):
         tokens(tmp_path, vocab=61, train=str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("dtype", ["5int16", "float32", [], {}, None, "O", "int16,(2**9)int8"])
+def test_tokens_described_as_anything_but_whole_numbers(tmp_path: Path, dtype: Any) -> None:
+    source = DataSource(train=[str(tmp_path / "text.txt")])
+    (tmp_path / "text.txt").write_text("a text of some length")
+    prepare_tokens(source, tmp_path / "tokens", 256, None)
+    path = tmp_path / "tokens" / "data.json"
+    described = json.loads(path.read_text())
+    described["train"][0]["dtype"] = dtype
+    path.write_text(json.dumps(described))
+    with pytest.raises(TrainError, match=r"tokens cannot be read \(.*\); restore it, or start the run again"):
+        open_tokens(source, tmp_path / "tokens", 4, 256)
